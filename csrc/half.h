@@ -1,0 +1,79 @@
+// The 16-bit float formats in portable integer arithmetic: tails, masks and the scalar kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace lhopt {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// Internal linkage: each instruction set compiles its own copy.
+namespace {
+
+inline uint32_t BitsOf(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float FloatFromBits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float ToFloat(float x) { return x; }
+
+inline float ToFloat(BFloat16 x) { return FloatFromBits(uint32_t{x.bits} << 16); }
+
+inline float ToFloat(Float16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return FloatFromBits(sign | 0x7f800000u | (magnitude << 13));
+  // Shifting puts the exponent 112 too low, for subnormals too: a multiplication repairs both.
+  const float scaled = FloatFromBits(magnitude << 13) * 0x1p112f;
+  return FloatFromBits(sign | BitsOf(scaled));
+}
+
+// Round to nearest even, NaN stays NaN.
+inline void FromFloat(float x, float* out) { *out = x; }
+
+inline void FromFloat(float x, BFloat16* out) {
+  const uint32_t bits = BitsOf(x);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void FromFloat(float x, Float16* out) {
+  const uint32_t bits = BitsOf(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more: infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds at the right bit
+    half = BitsOf(FloatFromBits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+inline bool IsFinite(float x) { return (BitsOf(x) & 0x7f800000u) != 0x7f800000u; }
+inline bool IsFinite(BFloat16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
+inline bool IsFinite(Float16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+
+}  // namespace
+
+}  // namespace lhopt

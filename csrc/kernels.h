@@ -1,0 +1,88 @@
+// What the step driver asks of an instruction set: a table of kernels over contiguous slices.
+#pragma once
+
+#include <cstdint>
+
+namespace lhopt {
+
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+inline constexpr int kNumDTypes = 3;
+inline constexpr int64_t kDTypeSize[kNumDTypes] = {4, 2, 2};
+
+enum class Denominator : uint8_t { kRms, kMax };
+inline constexpr int kNumDenominators = 2;
+
+// The same piece of one tensor's arrays, in memory order.
+struct Slice {
+  void* param;
+  const void* grad;
+  float* exp_avg;     // m
+  float* exp_avg_sq;  // v
+  int64_t size;
+};
+
+// Every number that the arithmetic of one tensor's step needs. `weight_decay` acts within the
+// update and `decay_factor` on the parameter; at most one of them differs from its neutral value.
+struct Coefficients {
+  float grad_scale;  // clip coefficient, negative to maximize
+  float beta1;
+  float ombeta1;
+  float beta2;
+  float ombeta2;
+  float inv_bias_correction1;
+  float inv_sqrt_bias_correction2;
+  float epsilon;
+  float weight_decay;
+  float decay_factor;
+  float step_size;
+};
+
+// Sums over a slice; `m_hat_*` are over m itself until the driver divides by the bias correction.
+// Without statistics only the first three are filled.
+struct alignas(64) Sums {
+  double param_sq;
+  double update_sq;
+  double new_param_sq;  // of the parameters as stored
+  double grad_sq;
+  double m_sq;
+  double m_hat_minus_grad_sq;
+  double grad_dot_param;
+  double grad_dot_m;
+  double grad_dot_update;
+  double grad_dot_momentum;  // momentum: m before the step
+  double momentum_sq;
+  double sum_log_abs_update;
+  double count_gt_epsilon;
+  double count_same_sign_momentum;
+  double count_same_sign_grad;
+};
+
+// Adds to `sums`; `slice.size` is a multiple of the instruction set's width.
+using UpdateKernel = void (*)(const Slice& slice, const Coefficients& coefficients, Sums& sums);
+// Any size. Sum of (scale g)^2.
+using SumOfSquaresKernel = double (*)(const void* grad, int64_t size, float scale);
+// Any size. Packs scale g < 0 into bits (element i is bit i % 8 of byte i / 8) and returns how many
+// bits stayed as they were.
+using PackSignsKernel = int64_t (*)(const void* grad, int64_t size, float scale, uint8_t* bits);
+
+struct Kernels {
+  const char* name;
+  int64_t width;  // elements per vector
+  // Moments, with or without statistics, and with or without the parameters' update:
+  // [param dtype][grad dtype][denominator][statistics][apply].
+  UpdateKernel update[kNumDTypes][kNumDTypes][kNumDenominators][2][2];
+  // The parameters' update from stored moments: [param dtype][denominator].
+  UpdateKernel apply[kNumDTypes][kNumDenominators];
+  SumOfSquaresKernel sum_of_squares[kNumDTypes];
+  PackSignsKernel pack_signs[kNumDTypes];
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace lhopt

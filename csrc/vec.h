@@ -1,0 +1,278 @@
+// A thin vector of floats per instruction set, all with the same static interface.
+//
+// A translation unit defines one LHOPT_VEC_* macro and sets its compilation target before including
+// this file; the wrapper `Vec` then lives in that unit alone. F holds kWidth floats, I as many
+// 32-bit counters, M one truth value per lane.
+#pragma once
+
+#include "half.h"
+
+namespace lhopt {
+namespace {
+
+#if defined(LHOPT_VEC_AVX512)
+
+struct Vec {
+  static constexpr int64_t kWidth = 16;
+  using F = __m512;
+  using I = __m512i;
+  using M = __mmask16;
+
+  static F Set(float x) { return _mm512_set1_ps(x); }
+  static F Load(const float* x) { return _mm512_loadu_ps(x); }
+  static F Load(const BFloat16* x) {
+    const I bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  static F Load(const Float16* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+
+  static F Store(float* out, F x) {
+    _mm512_storeu_ps(out, x);
+    return x;
+  }
+  static F Store(BFloat16* out, F x) {
+    const I bits = _mm512_castps_si512(x);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_srli_epi32(rounded, 16);
+    const M is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(rounded));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16));
+  }
+  static F Store(Float16* out, F x) {
+    const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
+    return _mm512_cvtph_ps(half);
+  }
+
+  static F Add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F Div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F MulAdd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }      // a b + c
+  static F NegMulAdd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+  static F Sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static F Max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F Abs(F a) { return _mm512_abs_ps(a); }
+
+  static M Less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static M Same(M a, M b) { return static_cast<M>(~(a ^ b)); }
+  static uint32_t Bits(M a) { return a; }
+  static I Zero() { return _mm512_setzero_si512(); }
+  static I Count(I count, M a) {
+    return _mm512_mask_sub_epi32(count, a, count, _mm512_set1_epi32(-1));
+  }
+
+  // Splits x > 0 into 2^(e - 127) times a factor in [1, 2): returns the factor, adds e to `exponent`.
+  static F TakeExponent(F x, I& exponent) {
+    exponent = _mm512_add_epi32(exponent, _mm512_srli_epi32(_mm512_castps_si512(x), 23));
+    return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  }
+
+  static double Total(F a) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+  static double Total(I a) { return _mm512_reduce_add_epi32(a); }
+};
+
+#elif defined(LHOPT_VEC_AVX2)
+
+struct Vec {
+  static constexpr int64_t kWidth = 8;
+  using F = __m256;
+  using I = __m256i;
+  using M = __m256;  // all bits of a lane
+
+  static F Set(float x) { return _mm256_set1_ps(x); }
+  static F Load(const float* x) { return _mm256_loadu_ps(x); }
+  static F Load(const BFloat16* x) {
+    const I bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  static F Load(const Float16* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+
+  static F Store(float* out, F x) {
+    _mm256_storeu_ps(out, x);
+    return x;
+  }
+  static F Store(BFloat16* out, F x) {
+    const I bits = _mm256_castps_si256(x);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(rounded, 16));
+  }
+  static F Store(Float16* out, F x) {
+    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half);
+    return _mm256_cvtph_ps(half);
+  }
+
+  static F Add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F Div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F MulAdd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F NegMulAdd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+  static F Sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static F Max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+
+  static M Less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static M Same(M a, M b) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+  static uint32_t Bits(M a) { return static_cast<uint32_t>(_mm256_movemask_ps(a)); }
+  static I Zero() { return _mm256_setzero_si256(); }
+  static I Count(I count, M a) { return _mm256_sub_epi32(count, _mm256_castps_si256(a)); }
+
+  static F TakeExponent(F x, I& exponent) {
+    const I bits = _mm256_castps_si256(x);
+    const I one = _mm256_set1_epi32(0x3f800000);
+    exponent = _mm256_add_epi32(exponent, _mm256_srli_epi32(bits, 23));
+    return _mm256_castsi256_ps(
+        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), one));
+  }
+
+  static double Total(F a) {
+    const __m256d pairs = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                                        _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  static double Total(I a) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(four);
+  }
+};
+
+#elif defined(LHOPT_VEC_NEON)
+
+struct Vec {
+  static constexpr int64_t kWidth = 4;
+  using F = float32x4_t;
+  using I = int32x4_t;
+  using M = uint32x4_t;  // all bits of a lane
+
+  static F Set(float x) { return vdupq_n_f32(x); }
+  static F Load(const float* x) { return vld1q_f32(x); }
+  static F Load(const BFloat16* x) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16));
+  }
+  static F Load(const Float16* x) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits)));
+  }
+
+  static F Store(float* out, F x) {
+    vst1q_f32(out, x);
+    return x;
+  }
+  static F Store(BFloat16* out, F x) {
+    const M bits = vreinterpretq_u32_f32(x);
+    const M odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const M rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+    const M stored = vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc0));
+    vst1_u16(&out->bits, vmovn_u32(stored));
+    return vreinterpretq_f32_u32(vshlq_n_u32(stored, 16));
+  }
+  static F Store(Float16* out, F x) {
+    const float16x4_t half = vcvt_f16_f32(x);
+    vst1_u16(&out->bits, vreinterpret_u16_f16(half));
+    return vcvt_f32_f16(half);
+  }
+
+  static F Add(F a, F b) { return vaddq_f32(a, b); }
+  static F Sub(F a, F b) { return vsubq_f32(a, b); }
+  static F Mul(F a, F b) { return vmulq_f32(a, b); }
+  static F Div(F a, F b) { return vdivq_f32(a, b); }
+  static F MulAdd(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F NegMulAdd(F a, F b, F c) { return vfmsq_f32(c, a, b); }
+  static F Sqrt(F a) { return vsqrtq_f32(a); }
+  static F Max(F a, F b) { return vmaxq_f32(a, b); }
+  static F Abs(F a) { return vabsq_f32(a); }
+
+  static M Less(F a, F b) { return vcltq_f32(a, b); }
+  static M Same(M a, M b) { return vceqq_u32(a, b); }
+  static uint32_t Bits(M a) {
+    static constexpr uint32_t kBit[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(a, vld1q_u32(kBit)));
+  }
+  static I Zero() { return vdupq_n_s32(0); }
+  static I Count(I count, M a) { return vsubq_s32(count, vreinterpretq_s32_u32(a)); }
+
+  static F TakeExponent(F x, I& exponent) {
+    const I bits = vreinterpretq_s32_f32(x);
+    const I one = vdupq_n_s32(0x3f800000);
+    exponent = vaddq_s32(exponent, vshrq_n_s32(bits, 23));
+    return vreinterpretq_f32_s32(vorrq_s32(vandq_s32(bits, vdupq_n_s32(0x007fffff)), one));
+  }
+
+  static double Total(F a) {
+    return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)));
+  }
+  static double Total(I a) { return vaddvq_s32(a); }
+};
+
+#else
+
+struct Vec {
+  static constexpr int64_t kWidth = 1;
+  using F = float;
+  using I = int32_t;
+  using M = bool;
+
+  static F Set(float x) { return x; }
+  template <class T>
+  static F Load(const T* x) {
+    return ToFloat(*x);
+  }
+  template <class T>
+  static F Store(T* out, F x) {
+    FromFloat(x, out);
+    return ToFloat(*out);
+  }
+
+  static F Add(F a, F b) { return a + b; }
+  static F Sub(F a, F b) { return a - b; }
+  static F Mul(F a, F b) { return a * b; }
+  static F Div(F a, F b) { return a / b; }
+  static F MulAdd(F a, F b, F c) { return a * b + c; }
+  static F NegMulAdd(F a, F b, F c) { return c - a * b; }
+  static F Sqrt(F a) { return std::sqrt(a); }
+  static F Max(F a, F b) { return a > b ? a : b; }
+  static F Abs(F a) { return std::fabs(a); }
+
+  static M Less(F a, F b) { return a < b; }
+  static M Same(M a, M b) { return a == b; }
+  static uint32_t Bits(M a) { return a; }
+  static I Zero() { return 0; }
+  static I Count(I count, M a) { return count + a; }
+
+  static F TakeExponent(F x, I& exponent) {
+    const uint32_t bits = BitsOf(x);
+    exponent += static_cast<I>(bits >> 23);
+    return FloatFromBits((bits & 0x007fffffu) | 0x3f800000u);
+  }
+
+  static double Total(F a) { return a; }
+  static double Total(I a) { return a; }
+};
+
+#endif
+
+}  // namespace
+}  // namespace lhopt

@@ -1,0 +1,83 @@
+"""Backends of the inner step, and the one place that chooses among them.
+
+A backend steps a :class:`~lhopt_fused.types.StepLayout`. ``reference`` is the definition that the
+others are tested against; ``cpu`` is C++; ``triton`` is for GPUs. They never import one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+
+from lhopt_fused.types import StepLayout
+
+__all__ = ["BackendName", "StepBackend", "get_backend", "resolve_backend"]
+
+BackendName = Literal["auto", "reference", "cpu", "triton"]
+
+
+class StepBackend(Protocol):
+    """One inner step over all tensors of a layout."""
+
+    layout: StepLayout
+
+    def step(
+        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
+    ) -> None:
+        """Update parameters and state from ``grads``; the gradients are only read.
+
+        Args:
+            grads: T gradients in the layout's order, each in its parameter's memory order, of any
+                supported float dtype; ``None`` leaves that tensor and its state alone. A group
+                without a gradient keeps its state too.
+            statistics: float64 ``[T, len(STATISTICS)]`` on the layout's device to be filled, or
+                ``None`` where no statistics are wanted in this step.
+
+        A NaN or inf in any gradient adds one to ``layout.skipped_steps`` and marks its tensor in
+        ``statistics``. Nothing else is written then (no tensor has ``taken``), or, with
+        ``layout.masks_nonfinite``, the step leaves just those elements of parameter and state
+        alone and keeps them out of every sum but ``param_sq``.
+        """
+
+
+def resolve_backend(name: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
+    """The backend that ``name`` stands for, given where the parameters are and what they hold.
+
+    ``"auto"`` means ``triton`` for CUDA parameters, ``cpu`` for float32, bfloat16 and float16 on
+    the CPU, and ``reference`` for float64, which no fused backend steps.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    if name not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {name!r}")
+    if name != "auto":
+        return name
+    if torch.float64 in dtypes:
+        return "reference"
+    return "triton" if device.type == "cuda" else "cpu"
+
+
+def get_backend(name: str, layout: StepLayout) -> StepBackend:
+    """Build the backend ``name`` (not ``"auto"``) over ``layout``.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run here; the message says why.
+        ValueError: the backend does not step tensors of this device or dtype, or is unknown.
+    """
+    match name:
+        case "reference":
+            from lhopt_fused.kernels.reference import ReferenceBackend
+
+            return ReferenceBackend(layout)
+        case "cpu":
+            from lhopt_fused.kernels.cpu import CpuBackend
+
+            return CpuBackend(layout)
+        case "triton":
+            from lhopt_fused.kernels.triton_backend import TritonBackend
+
+            return TritonBackend(layout)
+    raise ValueError(f"backend must be 'reference', 'cpu' or 'triton', got {name!r}")

@@ -1,0 +1,23 @@
+"""A PyTorch optimizer that measures itself at the speed of a fused kernel."""
+
+from lhopt_fused.optimizer import CIAO, AdamW
+from lhopt_fused.types import (
+    EXTRA_FEATURES,
+    HYPERPARAMETERS,
+    INNER_FEATURES,
+    BackendUnavailableError,
+    NonFiniteGradientError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CIAO",
+    "EXTRA_FEATURES",
+    "HYPERPARAMETERS",
+    "INNER_FEATURES",
+    "AdamW",
+    "BackendUnavailableError",
+    "NonFiniteGradientError",
+    "__version__",
+]

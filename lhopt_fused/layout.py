@@ -1,0 +1,277 @@
+"""From param groups to a :class:`StepLayout`: what is refused, laid out dense and allocated.
+
+Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lhopt_fused.types import GROUP_STATE, SCALARS, TENSOR_STATE, StepLayout, StepOptions
+
+__all__ = ["DenseViews", "bind_layout", "check_params", "same_memory_order"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_params(params: Sequence[torch.Tensor], where: str) -> None:
+    """Refuse parameters that no backend can step.
+
+    Raises:
+        TypeError: a parameter is complex, integral or sparse.
+        ValueError: a parameter overlaps itself (an expanded view), or shares memory with another.
+    """
+    for index, p in enumerate(params):
+        name = f"{where}['params'][{index}]"
+        if is_traceable_wrapper_subclass(p):
+            raise TypeError(
+                f"{name} is a {type(p).__name__}, which wraps other tensors; pass plain tensors"
+            )
+        if p.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {p.layout}")
+        if p.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {p.dtype}; "
+                "leave it out of the optimizer, or view complex parameters as real"
+            )
+        if _overlaps_itself(p):
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} and strides {p.stride()} has elements that "
+                "share memory; make it contiguous before you pass it to the optimizer"
+            )
+
+
+def check_disjoint(params: Sequence[torch.Tensor]) -> None:
+    """Refuse parameters that share memory with one another (a view of a parameter, say).
+
+    Raises:
+        ValueError: naming the two positions, counted over all groups.
+    """
+    spans = []
+    for index, p in enumerate(params):
+        if p.numel() and p.device.type != "meta":
+            last = sum(
+                (size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)
+            )
+            spans.append((p.device.index or 0, p.data_ptr(), last * p.element_size(), index))
+    spans.sort()
+    for (device, start, length, i), (other_device, other_start, _, j) in pairwise(spans):
+        if (
+            device == other_device
+            and other_start <= start + length
+            and _share(params[i], params[j])
+        ):
+            raise ValueError(
+                f"parameters {i} and {j} share memory; pass each parameter to the optimizer once"
+            )
+
+
+def _share(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors whose address ranges meet have a byte in common."""
+    if _is_dense(x) and _is_dense(y):
+        return True
+    base = min(x.data_ptr(), y.data_ptr())
+    first, second = (_byte_addresses(t) - base for t in (x, y))
+    return bool(torch.isin(first, second).any())
+
+
+def _byte_addresses(x: torch.Tensor) -> torch.Tensor:
+    addresses = torch.tensor(x.data_ptr())
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        addresses = addresses[..., None] + torch.arange(size) * stride * x.element_size()
+    return (addresses[..., None] + torch.arange(x.element_size())).flatten()
+
+
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return x.numel() > 0
+            reach += stride * (size - 1)
+    return False
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_memory_order(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two dense tensors of one shape keep corresponding elements at equal positions."""
+    if x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous()):
+        return True
+    return all(
+        size <= 1 or s == t for size, s, t in zip(x.shape, x.stride(), y.stride(), strict=True)
+    )
+
+
+class DenseViews:
+    """Dense stand-ins for parameters and gradients that a backend cannot address as they are.
+
+    A parameter with gaps between its elements is stepped in a dense buffer and written back; a
+    gradient in another memory order than its parameter is copied into the parameter's. Both are
+    rare; buffers are kept from step to step.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        self.params = [p.detach() if _is_dense(p) else torch.empty_like(p) for p in params]
+        self._gapped = [
+            (p, dense) for p, dense in zip(params, self.params, strict=True) if not _is_dense(p)
+        ]
+        self._grads: dict[int, torch.Tensor] = {}
+
+    def load(self) -> None:
+        """Copy parameters with gaps into their buffers."""
+        for param, dense in self._gapped:
+            dense.copy_(param)
+
+    def store(self) -> None:
+        """Copy the stepped buffers back."""
+        for param, dense in self._gapped:
+            param.copy_(dense)
+
+    def grad(self, index: int, grad: torch.Tensor) -> torch.Tensor:
+        """``grad`` in the memory order of parameter ``index``."""
+        param = self.params[index]
+        if _is_dense(grad) and same_memory_order(grad, param):
+            return grad
+        dense = self._grads.get(index)
+        if dense is None or dense.dtype != grad.dtype:
+            dense = self._grads[index] = torch.empty_like(param, dtype=grad.dtype)
+        return dense.copy_(grad)
+
+
+def check_grad(index: int, param: torch.Tensor, grad: torch.Tensor) -> None:
+    """Refuse a gradient that does not fit its parameter.
+
+    Raises:
+        TypeError: the gradient is sparse, complex or integral.
+        ValueError: it has another shape or device.
+    """
+    what = f"the gradient of parameter {index} (shape {tuple(param.shape)})"
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"{what} has layout {grad.layout}, but must be dense; for embeddings set sparse=False"
+        )
+    if grad.dtype not in _DTYPES or (grad.dtype == torch.float64) != (param.dtype == torch.float64):
+        raise TypeError(
+            f"{what} is {grad.dtype}, but its parameter is {param.dtype}; cast the gradient first"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{what} has shape {tuple(grad.shape)}; they must be equal")
+    if grad.device != param.device:
+        raise ValueError(f"{what} is on {grad.device}, its parameter on {param.device}")
+
+
+def bind_layout(
+    params: Sequence[torch.Tensor],
+    dense_params: list[torch.Tensor],
+    states: Sequence[dict[str, Any]],
+    group_of: list[int],
+    groups: Sequence[dict[str, Any]],
+    options: list[StepOptions],
+    *,
+    keep_grad_signs: bool,
+    masks_nonfinite: bool,
+) -> StepLayout:
+    """Allocate what is missing in ``states`` and ``groups`` and bind all of it into one layout.
+
+    The scalars of a tensor's state become 0-dim float64 views into ``layout.tensor_state``, those
+    of a group a view into ``layout.group_state``; values that are there already are kept, whatever
+    tensor they were in.
+
+    Raises:
+        ValueError: parameters on more than one device, or state of another shape.
+    """
+    devices = {p.device for p in params}
+    if len(devices) != 1:
+        raise ValueError(
+            "all parameters of one optimizer must be on one device, got "
+            f"{sorted(map(str, devices))}; make one optimizer per device"
+        )
+    (device,) = devices
+
+    def table(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    layout = StepLayout(
+        params=dense_params,
+        exp_avgs=[_moment(s, "exp_avg", p) for s, p in zip(states, dense_params, strict=True)],
+        exp_avg_sqs=[
+            _moment(s, "exp_avg_sq", p) for s, p in zip(states, dense_params, strict=True)
+        ],
+        grad_signs=(
+            [_signs(s, p) for s, p in zip(states, dense_params, strict=True)]
+            if keep_grad_signs
+            else None
+        ),
+        group_of=group_of,
+        is_vector=[p.dim() <= 1 for p in params],
+        options=options,
+        scalars=table(len(groups), len(SCALARS)),
+        group_state=table(len(groups), len(GROUP_STATE)),
+        tensor_state=table(len(params), len(TENSOR_STATE)),
+        skipped_steps=torch.zeros(1, dtype=torch.int64, device=device),
+        masks_nonfinite=masks_nonfinite,
+    )
+    values = [[float(s.get(name, 0.0)) for name in TENSOR_STATE] for s in states]
+    layout.tensor_state.copy_(torch.tensor(values, dtype=torch.float64))
+    for state, row in zip(states, layout.tensor_state, strict=True):
+        state.update(zip(TENSOR_STATE, row, strict=True))
+    for group, row in zip(groups, layout.group_state, strict=True):
+        if group.get("clip_state") is not None:
+            row.copy_(group["clip_state"])
+        group["clip_state"] = row
+    return layout
+
+
+def _moment(state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
+    """The moment ``name`` of one tensor, in its parameter's memory order."""
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    moment = state.get(name)
+    if moment is None:
+        moment = torch.zeros_like(param, dtype=dtype)
+    elif moment.shape != param.shape:
+        raise ValueError(
+            f"state {name!r} has shape {tuple(moment.shape)}, its parameter {tuple(param.shape)}; "
+            "was the state dict saved from another model?"
+        )
+    elif not (
+        moment.dtype == dtype
+        and moment.device == param.device
+        and _is_dense(moment)
+        and same_memory_order(moment, param)
+    ):
+        moment = torch.empty_like(param, dtype=dtype).copy_(moment)
+    state[name] = moment
+    return moment
+
+
+def _signs(state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
+    """The packed signs of the last gradient, one bit per element."""
+    signs = state.get("grad_signs")
+    size = (param.numel() + 7) // 8
+    if signs is None:
+        signs = torch.zeros(size, dtype=torch.uint8, device=param.device)
+    elif signs.shape != (size,):
+        raise ValueError(
+            f"state 'grad_signs' has shape {tuple(signs.shape)}, expected ({size},) for a "
+            f"parameter of shape {tuple(param.shape)}"
+        )
+    signs = signs.to(device=param.device, dtype=torch.uint8)
+    state["grad_signs"] = signs
+    return signs

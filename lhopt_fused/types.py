@@ -1,0 +1,213 @@
+"""The words that every other module shares: hyperparameters, statistics, features, options.
+
+Nothing here computes; this module imports only torch and the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Literal
+
+import torch
+
+__all__ = [
+    "EXTRA_FEATURES",
+    "GROUP_STATE",
+    "HYPERPARAMETERS",
+    "INNER_FEATURES",
+    "SCALARS",
+    "STATISTICS",
+    "TENSOR_STATE",
+    "BackendUnavailableError",
+    "Clip",
+    "Denominator",
+    "NonFinite",
+    "NonFiniteGradientError",
+    "StepLayout",
+    "StepOptions",
+    "Trust",
+    "WeightDecay",
+]
+
+HYPERPARAMETERS: Final = (
+    "lr",
+    "ombeta1",
+    "ombeta2",
+    "epsilon",
+    "weight_decay",
+    "group_clip_grad_norm",
+    "grad_clip_ombeta",
+    "lamb_update_norm_ombeta",
+)
+"""The eight numbers that a policy moves (``ombeta`` is one minus beta)."""
+
+SCALARS: Final = (
+    *HYPERPARAMETERS,
+    "group_clip_grad_z_score",
+    "lamb_power",
+    "lamb_min_trust",
+    "lamb_max_trust",
+)
+"""Columns of :attr:`StepLayout.scalars`: everything about a group that may change between steps."""
+
+GROUP_STATE: Final = (
+    "rolling_max",
+    "log_norm_ema",
+    "log_norm_emvar",
+    "log_norm_bias_correction",
+)
+"""Columns of :attr:`StepLayout.group_state`: what gradient clipping remembers about a group."""
+
+TENSOR_STATE: Final = (
+    "step",
+    "bias_correction1",
+    "bias_correction2",
+    "update_norm_ema",
+    "update_norm_bias_correction",
+    "param_norm",
+)
+"""Columns of :attr:`StepLayout.tensor_state`: what the step remembers about a tensor.
+
+``param_norm`` is the norm that the last step left behind; only delayed trust ratios use it.
+"""
+
+STATISTICS: Final = (
+    "taken",  # 1 where the tensor took part in the step, else 0 and all sums are 0
+    "grad_nonfinite",  # 1 where the gradient holds NaN or inf, else 0
+    "clip_coefficient",  # c
+    "step_size",  # lr T, with the warm-up where there is one
+    "decay_factor",  # a: 1, or 1 - lr T weight_decay for decoupled decay
+    "grad_sq",  # |g|^2 of the clipped gradient
+    "param_sq",  # |p|^2 before the step
+    "update_sq",  # |u|^2
+    "m_hat_sq",  # |m_hat|^2
+    "m_hat_minus_grad_sq",  # |m_hat - g|^2, exactly 0 on a tensor's first step
+    "grad_dot_param",  # g.p before the step
+    "grad_dot_m_hat",  # g.m_hat
+    "grad_dot_update",  # g.u
+    "count_gt_epsilon",  # #(s > epsilon)
+    "sum_log_abs_update",  # sum of log(|u| + 1e-8)
+    "grad_dot_momentum",  # g.m before the step
+    "momentum_sq",  # |m|^2 before the step
+    "count_same_sign_momentum",  # #(sign g = sign m before the step)
+    "count_same_sign_grad",  # #(sign g_t = sign g_{t-1}); NaN unless gradient signs are kept
+)
+"""Columns of :attr:`StepLayout.statistics`: raw sums of one tensor in one inner step."""
+
+INNER_FEATURES: Final = (
+    "did_grad_clip",
+    "sqrt_v_hat_gt_epsilon",
+    "mean_log_abs_adam_pre_lr_update",
+    "log_two_regimes_scale",
+    "log_adam_update_norm_over_param_norm",
+    "log_noise_scale",
+    "cosine_similarity_grad_momentum",
+    "cosine_similarity_grad_param",
+    "log_lamb",
+    "cosine_similarity_grad_update",
+    "logit_cdf_cosine_similarity_grad_momentum",
+    "logit_cdf_cosine_similarity_grad_update",
+    "cdf_cosine_similarity_grad_param",
+)
+"""The 13 inner features of LHOPT (arXiv 2106.00958, appendix), under their published names."""
+
+EXTRA_FEATURES: Final = (
+    "cosine_similarity_grad_previous_momentum",
+    "sign_agreement_grad_previous_momentum",
+    "sign_agreement_consecutive_grads",
+)
+"""Features beyond the paper, all about agreement from one step to the next."""
+
+
+class Denominator(Enum):
+    """How the second moment v becomes the denominator s."""
+
+    RMS = 0  # v = b2 v + (1 - b2) g^2, s = sqrt(v / bc2): Adam
+    MAX = 1  # v = max(b2 v, |g|),      s = v:             AdaMax, LHOPT's choice
+
+
+class WeightDecay(Enum):
+    """Where the weight decay acts."""
+
+    DECOUPLED = 0  # p <- p (1 - lr T weight_decay): AdamW
+    IN_UPDATE = 1  # u <- u + weight_decay p:        LHOPT's choice
+
+
+class Clip(Enum):
+    """What a group's gradient norm is clipped to."""
+
+    NONE = 0
+    NORM = 1  # an absolute norm
+    ROLLING_MAX = 2  # a share of the decaying maximum of the norms: LHOPT's choice
+    Z_SCORE = 3  # a z-score of the log norm under its running mean and variance
+
+
+class Trust(Enum):
+    """Whether and when the LAMB trust ratio sees the norm of the update."""
+
+    NONE = 0
+    EXACT = 1  # includes the current update: needs the whole tensor's norm before it is applied
+    DELAYED = 2  # the running norm of the updates before this one: a single pass
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The static side of a param group: what selects code rather than numbers.
+
+    Groups with equal options share kernels; everything that may change from step to step is a
+    column of :data:`SCALARS` instead.
+    """
+
+    denominator: Denominator = Denominator.RMS
+    weight_decay: WeightDecay = WeightDecay.DECOUPLED
+    clip: Clip = Clip.NONE
+    trust: Trust = Trust.NONE
+    trust_ignores_vectors: bool = False
+    trust_norm_ema: bool = False
+    radam_warmup: bool = False
+    maximize: bool = False
+
+
+@dataclass
+class StepLayout:
+    """All tensors of one optimizer, flat over its groups, as a backend steps them.
+
+    T tensors in G groups, on one device. Parameters, moments and gradients are dense, share the
+    memory order of their parameter, and never overlap; the small tables are float64, contiguous
+    and on the same device. A backend reads ``scalars`` and gradients and writes everything else.
+    """
+
+    params: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]  # m: float32, or float64 for float64 parameters
+    exp_avg_sqs: list[torch.Tensor]  # v: like exp_avgs
+    grad_signs: list[torch.Tensor] | None  # uint8 [ceil(numel / 8)], one bit per element, or None
+    group_of: list[int]  # [T]
+    is_vector: list[bool]  # [T] parameter with dim() <= 1
+    options: list[StepOptions]  # [G]
+    scalars: torch.Tensor  # [G, len(SCALARS)]
+    group_state: torch.Tensor  # [G, len(GROUP_STATE)]
+    tensor_state: torch.Tensor  # [T, len(TENSOR_STATE)]
+    skipped_steps: torch.Tensor  # [1] int64: steps in which a gradient was not finite
+    masks_nonfinite: bool = False  # step around non-finite elements instead of skipping the step
+
+    @property
+    def device(self) -> torch.device:
+        return self.scalars.device
+
+
+NonFinite = Literal["skip", "mask", "raise"]
+"""What a step does about NaN or inf in a gradient; they never reach parameters or state.
+
+``skip`` leaves the whole step out, which takes a look at every gradient before anything is
+written; ``mask`` leaves out the elements that are not finite, at no cost; ``raise`` is ``skip`` and
+an error.
+"""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for cannot run here; the message says why and what to do."""
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient holds NaN or inf and ``nonfinite="raise"`` is set; nothing was written."""
