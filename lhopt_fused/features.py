@@ -119,9 +119,10 @@ class FeatureAccumulator:
         accumulate: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         device = layout.device
-        capacity = 16 if accumulate is None else 1
         self._accumulate = accumulate
         tensors = len(layout.params)
+        # folded at once: enough to spread the cost of small operations, too few to be worth threads
+        capacity = 1 if accumulate is not None else min(16, max(1, 2048 // tensors))
         self.sums = torch.zeros(2, len(_FEATURES), dtype=torch.float64, device=device)
         self._ring = torch.zeros(
             capacity, tensors, len(STATISTICS), dtype=torch.float64, device=device
