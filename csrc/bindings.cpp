@@ -1,3 +1,190 @@
+// The Python module lhopt_fused._C. Everything that crosses this boundary is checked here: tensors
+// come as addresses, element counts and dtype codes, so that no torch headers are needed.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_C, m) {}
+#include <memory>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+#include "step.h"
+
+namespace py = pybind11;
+
+namespace lhopt {
+namespace {
+
+constexpr int kNoGradient = -1;  // as a dtype code
+
+// `message` is a string or, where building it costs, a function that returns one.
+template <class Message>
+void Require(bool condition, const Message& message) {
+  if (condition) return;
+  if constexpr (std::is_invocable_v<Message>) {
+    throw py::value_error(message());
+  } else {
+    throw py::value_error(message);
+  }
+}
+
+std::string At(const char* what, size_t index) {
+  return std::string(what) + "[" + std::to_string(index) + "]";
+}
+
+template <class T>
+T* Pointer(uintptr_t address, const char* name) {
+  Require(address % alignof(T) == 0,
+          [&] { return std::string(name) + " is not aligned to its element size"; });
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* RequiredPointer(uintptr_t address, const char* name) {
+  Require(address != 0, [&] { return std::string(name) + " is a null pointer"; });
+  return Pointer<T>(address, name);
+}
+
+template <class Enum, class Name>
+Enum Checked(int value, int count, const Name& name) {
+  Require(value >= 0 && value < count, [&] {
+    return name() + " is " + std::to_string(value) + ", expected 0 to " + std::to_string(count - 1);
+  });
+  return static_cast<Enum>(value);
+}
+
+template <class Name>
+void CheckElementAlignment(uintptr_t address, DType dtype, const Name& name) {
+  Require(address % kDTypeSize[static_cast<int>(dtype)] == 0,
+          [&] { return name() + " is not aligned to its element size"; });
+}
+
+auto Named(const char* name) {
+  return [name] { return std::string(name); };
+}
+
+GroupOptions MakeGroup(int denominator, int weight_decay, int clip, int trust,
+                       bool trust_ignores_vectors, bool trust_norm_ema, bool radam_warmup,
+                       bool maximize) {
+  return {Checked<Denominator>(denominator, kNumDenominators, Named("denominator")),
+          Checked<WeightDecay>(weight_decay, 2, Named("weight_decay")),
+          Checked<Clip>(clip, 4, Named("clip")),
+          Checked<Trust>(trust, 3, Named("trust")),
+          trust_ignores_vectors,
+          trust_norm_ema,
+          radam_warmup,
+          maximize};
+}
+
+TensorSpec MakeTensor(uintptr_t param, int dtype, int64_t size, uintptr_t exp_avg,
+                      uintptr_t exp_avg_sq, std::optional<uintptr_t> grad_signs, int group,
+                      bool is_vector) {
+  Require(size >= 0, "size is negative");
+  Require(size == 0 || (param != 0 && exp_avg != 0 && exp_avg_sq != 0),
+          "param, exp_avg or exp_avg_sq is a null pointer");
+  Require(size == 0 || grad_signs != uintptr_t{0}, "grad_signs is a null pointer");
+  const DType param_dtype = Checked<DType>(dtype, kNumDTypes, Named("dtype"));
+  CheckElementAlignment(param, param_dtype, Named("param"));
+  return {reinterpret_cast<void*>(param),
+          Pointer<float>(exp_avg, "exp_avg"),
+          Pointer<float>(exp_avg_sq, "exp_avg_sq"),
+          reinterpret_cast<uint8_t*>(grad_signs.value_or(0)),
+          size,
+          param_dtype,
+          group,
+          grad_signs.has_value(),
+          is_vector};
+}
+
+// A step and its buffers for the addresses that come with each call.
+class PyStep {
+ public:
+  PyStep(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, uintptr_t scalars,
+         uintptr_t group_state, uintptr_t tensor_state, uintptr_t skipped_steps,
+         bool masks_nonfinite) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      Require(tensors[i].group >= 0 && static_cast<size_t>(tensors[i].group) < groups.size(),
+              At("tensors", i) + ".group is " + std::to_string(tensors[i].group) +
+                  ", but there are " + std::to_string(groups.size()) + " groups");
+      sizes_.push_back(tensors[i].size);
+    }
+    const bool needed = !tensors.empty();
+    const auto table = [&](uintptr_t address, const char* name) {
+      return needed ? RequiredPointer<double>(address, name) : nullptr;
+    };
+    const Tables tables{table(scalars, "scalars"), table(group_state, "group_state"),
+                        table(tensor_state, "tensor_state"),
+                        RequiredPointer<int64_t>(skipped_steps, "skipped_steps")};
+    gradients_.resize(tensors.size());
+    step_ = std::make_unique<Step>(std::move(tensors), std::move(groups), tables, masks_nonfinite,
+                                   ActiveKernels());
+  }
+
+  // `grads`: address of each tensor's gradient; `dtypes`: its dtype code, kNoGradient for none.
+  void Run(const py::list& grads, const py::list& dtypes, uintptr_t statistics, int num_threads) {
+    Require(grads.size() == sizes_.size() && dtypes.size() == sizes_.size(),
+            "expected " + std::to_string(sizes_.size()) + " gradients and dtypes, got " +
+                std::to_string(grads.size()) + " and " + std::to_string(dtypes.size()));
+    Require(num_threads >= 1, "num_threads must be at least 1, got " + std::to_string(num_threads));
+    double* const table = Pointer<double>(statistics, "statistics");
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      gradients_[i] = CheckedGradient(py::cast<uintptr_t>(grads[i]), py::cast<int>(dtypes[i]), i);
+    }
+    const py::gil_scoped_release release;
+    step_->Run(gradients_, table, num_threads);
+  }
+
+  std::string isa() const { return step_->isa(); }
+
+ private:
+  Gradient CheckedGradient(uintptr_t address, int code, size_t index) const {
+    if (code == kNoGradient) return {};
+    Require(address != 0 || sizes_[index] == 0, [&] { return At("grads", index) + " is null"; });
+    const DType dtype = Checked<DType>(code, kNumDTypes, [&] { return At("dtypes", index); });
+    CheckElementAlignment(address, dtype, [&] { return At("grads", index); });
+    return {reinterpret_cast<const void*>(address), dtype, true};
+  }
+
+  std::vector<int64_t> sizes_;
+  std::vector<Gradient> gradients_;
+  std::unique_ptr<Step> step_;
+};
+
+void BindStep(py::module_& m) {
+  py::class_<GroupOptions>(m, "GroupOptions", "Static options of a group, by the enums' values.")
+      .def(py::init(&MakeGroup), py::kw_only(), py::arg("denominator"), py::arg("weight_decay"),
+           py::arg("clip"), py::arg("trust"), py::arg("trust_ignores_vectors"),
+           py::arg("trust_norm_ema"), py::arg("radam_warmup"), py::arg("maximize"));
+  py::class_<TensorSpec>(m, "TensorSpec", "Addresses of one tensor's arrays.")
+      .def(py::init(&MakeTensor), py::kw_only(), py::arg("param"), py::arg("dtype"),
+           py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("grad_signs"),
+           py::arg("group"), py::arg("is_vector"));
+  py::class_<PyStep>(m, "Step", "One optimizer step over all tensors of all groups.")
+      .def(py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, uintptr_t, uintptr_t,
+                    uintptr_t, uintptr_t, bool>(),
+           py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("scalars"),
+           py::arg("group_state"), py::arg("tensor_state"), py::arg("skipped_steps"),
+           py::arg("masks_nonfinite"))
+      .def("run", &PyStep::Run, py::arg("grads"), py::arg("dtypes"), py::arg("statistics"),
+           py::arg("num_threads"))
+      .def_property_readonly("isa", &PyStep::isa);
+  m.def("available_isas", &AvailableIsas, "Instruction sets of this processor, fastest first.");
+  m.def(
+      "active_isa", [] { return std::string(ActiveKernels().name); },
+      "The instruction set of steps built now: LHOPT_CPU_ISA, or else the fastest.");
+  m.attr("NO_GRADIENT") = kNoGradient;
+  m.attr("TABLE_COLUMNS") =
+      py::make_tuple(static_cast<int>(kNumScalars), static_cast<int>(kNumGroupState),
+                     static_cast<int>(kNumTensorState), static_cast<int>(kNumStatistics));
+}
+
+}  // namespace
+}  // namespace lhopt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Fused optimizer steps on the CPU.";
+  lhopt::BindStep(m);
+}

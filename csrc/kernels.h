@@ -55,6 +55,24 @@ struct alignas(64) Sums {
   double count_gt_epsilon;
   double count_same_sign_momentum;
   double count_same_sign_grad;
+
+  void operator+=(const Sums& other) {
+    param_sq += other.param_sq;
+    update_sq += other.update_sq;
+    new_param_sq += other.new_param_sq;
+    grad_sq += other.grad_sq;
+    m_sq += other.m_sq;
+    m_hat_minus_grad_sq += other.m_hat_minus_grad_sq;
+    grad_dot_param += other.grad_dot_param;
+    grad_dot_m += other.grad_dot_m;
+    grad_dot_update += other.grad_dot_update;
+    grad_dot_momentum += other.grad_dot_momentum;
+    momentum_sq += other.momentum_sq;
+    sum_log_abs_update += other.sum_log_abs_update;
+    count_gt_epsilon += other.count_gt_epsilon;
+    count_same_sign_momentum += other.count_same_sign_momentum;
+    count_same_sign_grad += other.count_same_sign_grad;
+  }
 };
 
 // Adds to `sums`; `slice.size` is a multiple of the instruction set's width.

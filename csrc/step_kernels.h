@@ -38,6 +38,8 @@ struct Broadcast {
 // Sum of log x over positive x as the log of products: mantissas multiply, exponents add.
 class LogSum {
  public:
+  LogSum() : product_(Vec::Set(1.0f)), exponent_(Vec::Zero()) {}
+
   void Add(F x) { product_ = Vec::Mul(product_, Vec::TakeExponent(x, exponent_)); }
 
   // To be called every kFactorsPerProduct additions.
@@ -47,8 +49,8 @@ class LogSum {
   double Total(int64_t taken) const {
     float lanes[Vec::kWidth];
     Vec::Store(lanes, product_);
-    double product = 1.0;  // at most 2^(64 * 16 / 2), see below
-    int64_t exponent = static_cast<int64_t>(Vec::Total(exponent_)) - kExponentBias * taken * Vec::kWidth;
+    double product = 1.0;
+    int64_t exponent = Vec::Total(exponent_) - kExponentBias * taken * Vec::kWidth;
     for (int64_t lane = 0; lane < Vec::kWidth; ++lane) {
       int power;
       product = frexp(product * lanes[lane], &power);
@@ -58,19 +60,26 @@ class LogSum {
   }
 
  private:
-  F product_ = Vec::Set(1.0f);
-  Vec::I exponent_ = Vec::Zero();
+  F product_;
+  Vec::I exponent_;
 };
 
-// The running sums of one block, by lane.
+// The running sums of one block, by lane; see Sums. (An implicit constructor would be compiled
+// for the baseline instruction set.)
 struct LaneSums {
-  F zero = Vec::Set(0.0f);
-  F param_sq = zero, update_sq = zero, new_param_sq = zero;
-  F grad_sq = zero, m_sq = zero, m_hat_minus_grad_sq = zero;
-  F grad_dot_param = zero, grad_dot_m = zero, grad_dot_update = zero;
-  F grad_dot_momentum = zero, momentum_sq = zero;
+  LaneSums() : count_gt_epsilon(Vec::Zero()), count_same_sign_momentum(Vec::Zero()) {
+    param_sq = update_sq = new_param_sq = Vec::Set(0.0f);
+    grad_sq = m_sq = m_hat_minus_grad_sq = Vec::Set(0.0f);
+    grad_dot_param = grad_dot_m = grad_dot_update = Vec::Set(0.0f);
+    grad_dot_momentum = momentum_sq = Vec::Set(0.0f);
+  }
+
+  F param_sq, update_sq, new_param_sq;
+  F grad_sq, m_sq, m_hat_minus_grad_sq;
+  F grad_dot_param, grad_dot_m, grad_dot_update;
+  F grad_dot_momentum, momentum_sq;
   LogSum log_abs_update;
-  Vec::I count_gt_epsilon = Vec::Zero(), count_same_sign_momentum = Vec::Zero();
+  Vec::I count_gt_epsilon, count_same_sign_momentum;
 
   void AddNorms(Sums& sums) const {
     sums.param_sq += Vec::Total(param_sq);
@@ -89,10 +98,10 @@ struct LaneSums {
     sums.grad_dot_momentum += Vec::Total(grad_dot_momentum);
     sums.momentum_sq += Vec::Total(momentum_sq);
     // Exponent bits know no NaN or inf; the squares of the same numbers do.
-    sums.sum_log_abs_update += isfinite(update_sq_total) ? log_abs_update.Total(logs_taken)
-                                                         : update_sq_total;
-    sums.count_gt_epsilon += Vec::Total(count_gt_epsilon);
-    sums.count_same_sign_momentum += Vec::Total(count_same_sign_momentum);
+    sums.sum_log_abs_update +=
+        isfinite(update_sq_total) ? log_abs_update.Total(logs_taken) : update_sq_total;
+    sums.count_gt_epsilon += static_cast<double>(Vec::Total(count_gt_epsilon));
+    sums.count_same_sign_momentum += static_cast<double>(Vec::Total(count_same_sign_momentum));
   }
 };
 
@@ -126,9 +135,8 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
   const F v_before = Vec::Mul(Vec::Load(slice.exp_avg_sq + i), c.beta2);
 
   const F m = Vec::MulAdd(momentum, c.beta1, Vec::Mul(g, c.ombeta1));
-  const F v = kDenominator == Denominator::kMax
-                  ? Vec::Max(v_before, Vec::Abs(g))
-                  : Vec::MulAdd(Vec::Mul(g, c.ombeta2), g, v_before);
+  const F v = kDenominator == Denominator::kMax ? Vec::Max(v_before, Vec::Abs(g))
+                                                : Vec::MulAdd(Vec::Mul(g, c.ombeta2), g, v_before);
   const F m_hat = Vec::Mul(m, c.inv_bias_correction1);
   const F s = DenominatorOf<kDenominator>(v, c);
   const F u = UpdateOf(m_hat, s, p, c);
@@ -139,6 +147,7 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
   sums.param_sq = Vec::MulAdd(p, p, sums.param_sq);
   sums.update_sq = Vec::MulAdd(u, u, sums.update_sq);
   if constexpr (kStatistics) {
+    const F zero = Vec::Set(0.0f);
     const F noise = Vec::Sub(m_hat, g);
     sums.grad_sq = Vec::MulAdd(g, g, sums.grad_sq);
     sums.m_sq = Vec::MulAdd(m, m, sums.m_sq);
@@ -150,9 +159,8 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
     sums.momentum_sq = Vec::MulAdd(momentum, momentum, sums.momentum_sq);
     sums.log_abs_update.Add(Vec::Add(Vec::Abs(u), Vec::Set(1e-8f)));
     sums.count_gt_epsilon = Vec::Count(sums.count_gt_epsilon, Vec::Less(c.epsilon, s));
-    sums.count_same_sign_momentum =
-        Vec::Count(sums.count_same_sign_momentum,
-                   Vec::Same(Vec::Less(g, sums.zero), Vec::Less(momentum, sums.zero)));
+    sums.count_same_sign_momentum = Vec::Count(
+        sums.count_same_sign_momentum, Vec::Same(Vec::Less(g, zero), Vec::Less(momentum, zero)));
   }
 }
 
@@ -255,23 +263,20 @@ int64_t PackSigns(const void* grad, int64_t size, float scale, uint8_t* bits) {
       Update<P, G, D, true, false>, Update<P, G, D, true, true>      \
     }                                                                \
   }
-#define LHOPT_UPDATE_GRAD(P, G)                              \
-  {                                                          \
-    LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kRms),       \
-        LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kMax)    \
-  }
+#define LHOPT_UPDATE_GRAD(P, G)                       \
+  {LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kRms), \
+   LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kMax)}
 #define LHOPT_UPDATE_PARAM(P) \
-  { LHOPT_UPDATE_GRAD(P, float), LHOPT_UPDATE_GRAD(P, BFloat16), LHOPT_UPDATE_GRAD(P, Float16) }
-#define LHOPT_APPLY_PARAM(P) \
-  { Apply<P, Denominator::kRms>, Apply<P, Denominator::kMax> }
+  {LHOPT_UPDATE_GRAD(P, float), LHOPT_UPDATE_GRAD(P, BFloat16), LHOPT_UPDATE_GRAD(P, Float16)}
+#define LHOPT_APPLY_PARAM(P) {Apply<P, Denominator::kRms>, Apply<P, Denominator::kMax>}
 
-#define LHOPT_DEFINE_KERNELS(variable, isa)                                                  \
-  const Kernels variable = {                                                                 \
-      isa,                                                                                   \
-      Vec::kWidth,                                                                           \
+#define LHOPT_DEFINE_KERNELS(variable, isa)                                                   \
+  const Kernels variable = {                                                                  \
+      isa,                                                                                    \
+      Vec::kWidth,                                                                            \
       {LHOPT_UPDATE_PARAM(float), LHOPT_UPDATE_PARAM(BFloat16), LHOPT_UPDATE_PARAM(Float16)}, \
-      {LHOPT_APPLY_PARAM(float), LHOPT_APPLY_PARAM(BFloat16), LHOPT_APPLY_PARAM(Float16)},   \
-      {SumOfSquares<float>, SumOfSquares<BFloat16>, SumOfSquares<Float16>},                  \
+      {LHOPT_APPLY_PARAM(float), LHOPT_APPLY_PARAM(BFloat16), LHOPT_APPLY_PARAM(Float16)},    \
+      {SumOfSquares<float>, SumOfSquares<BFloat16>, SumOfSquares<Float16>},                   \
       {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>}}
 
 }  // namespace

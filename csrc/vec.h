@@ -66,7 +66,8 @@ struct Vec {
     return _mm512_mask_sub_epi32(count, a, count, _mm512_set1_epi32(-1));
   }
 
-  // Splits x > 0 into 2^(e - 127) times a factor in [1, 2): returns the factor, adds e to `exponent`.
+  // Splits x > 0 into 2^(e - 127) times a factor in [1, 2): returns the factor, adds e to
+  // `exponent`.
   static F TakeExponent(F x, I& exponent) {
     exponent = _mm512_add_epi32(exponent, _mm512_srli_epi32(_mm512_castps_si512(x), 23));
     return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
@@ -77,7 +78,7 @@ struct Vec {
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
-  static double Total(I a) { return _mm512_reduce_add_epi32(a); }
+  static int64_t Total(I a) { return _mm512_reduce_add_epi32(a); }
 };
 
 #elif defined(LHOPT_VEC_AVX2)
@@ -152,7 +153,7 @@ struct Vec {
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
   }
-  static double Total(I a) {
+  static int64_t Total(I a) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
@@ -173,9 +174,7 @@ struct Vec {
   static F Load(const BFloat16* x) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16));
   }
-  static F Load(const Float16* x) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits)));
-  }
+  static F Load(const Float16* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))); }
 
   static F Store(float* out, F x) {
     vst1q_f32(out, x);
@@ -224,7 +223,7 @@ struct Vec {
   static double Total(F a) {
     return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)));
   }
-  static double Total(I a) { return vaddvq_s32(a); }
+  static int64_t Total(I a) { return vaddvq_s32(a); }
 };
 
 #else
@@ -269,7 +268,7 @@ struct Vec {
   }
 
   static double Total(F a) { return a; }
-  static double Total(I a) { return a; }
+  static int64_t Total(I a) { return a; }
 };
 
 #endif

@@ -1,0 +1,46 @@
+// Kernels over slices of any size, with or without elements to step around.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace lhopt {
+
+// What a kernel is instantiated for.
+struct Variant {
+  DType param;
+  DType grad;
+  Denominator denominator;
+  bool statistics;
+};
+
+struct GradientSum {
+  double sum_sq;   // over the finite elements
+  bool nonfinite;  // whether there are others
+};
+
+// Sum of squares without overflow or underflow: a finite gradient is never taken for another.
+GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, int64_t size);
+
+// Moments and sums, and the parameters' update where `apply`; adds to `sums`.
+void UpdateSlice(const Kernels& kernels, const Variant& variant, bool apply, const Slice& slice,
+                 const Coefficients& coefficients, Sums& sums);
+
+// The parameters' update from stored moments; adds to `sums.new_param_sq`.
+void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                const Coefficients& coefficients, Sums& sums);
+
+// The same, leaving alone the elements whose gradient is not finite. They count for the
+// parameter's norms and for nothing else.
+void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, bool apply,
+                      const Slice& slice, const Coefficients& coefficients, Sums& sums);
+void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                     const Coefficients& coefficients, Sums& sums);
+
+// Replaces the stored gradient signs and returns how many stayed the same. With `masked`, gradients
+// that are not finite are stored as not negative and do not count.
+int64_t UpdateSigns(const Kernels& kernels, DType dtype, bool masked, const void* grad,
+                    int64_t size, float scale, uint8_t* bits);
+
+}  // namespace lhopt

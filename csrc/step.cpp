@@ -1,0 +1,414 @@
+#include "step.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "thread_pool.h"
+
+namespace lhopt {
+namespace {
+
+// Chunks stream well from 64K elements on; smaller models get smaller ones, to share the work
+// evenly. All sizes are multiples of every vector width and of a byte of sign bits.
+constexpr int64_t kMaxChunk = 65536;
+constexpr int64_t kMinChunk = 4096;
+constexpr int64_t kChunksPerModel = 64;
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 16384;
+
+constexpr int64_t kBytesPerElement = 12;  // parameter, m and v, which both passes touch
+
+int64_t BucketBytes() {
+  int64_t cache = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return (cache > 0 ? cache : 16 << 20) / 2;
+}
+
+int64_t ChunkSize(int64_t elements) {
+  const int64_t even = elements / kChunksPerModel / kMinChunk * kMinChunk;
+  return std::clamp(even, kMinChunk, kMaxChunk);
+}
+
+}  // namespace
+
+Step::Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, const Tables& tables,
+           bool masks_nonfinite, const Kernels& kernels)
+    : specs_(std::move(tensors)),
+      groups_(std::move(groups)),
+      tables_(tables),
+      masks_nonfinite_(masks_nonfinite),
+      kernels_(kernels),
+      tensors_(new Tensor[specs_.size()]),
+      group_sum_sq_(groups_.size()),
+      clips_(groups_.size()),
+      group_takes_part_(groups_.size()) {
+  CutChunks();
+}
+
+void Step::CutChunks() {
+  int64_t elements = 0;
+  for (const TensorSpec& spec : specs_) elements += spec.size;
+  chunk_size_ = ChunkSize(elements);
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    const int64_t size = specs_[t].size;
+    tensors_[t].first_chunk = static_cast<int32_t>(chunks_.size());
+    int64_t begin = 0;
+    do {  // an empty tensor has one chunk too, to be finished by
+      chunks_.push_back({static_cast<int32_t>(t), begin, std::min(chunk_size_, size - begin)});
+      begin += chunk_size_;
+    } while (begin < size);
+    tensors_[t].end_chunk = static_cast<int32_t>(chunks_.size());
+  }
+  sums_.resize(chunks_.size());
+  gradient_sums_.resize(chunks_.size());
+}
+
+// ---- Planning: which tickets a step has, given how each tensor takes part ----
+
+// Calls `emit(first_chunk, end_chunk)` for runs of about one chunk size of present elements.
+template <class Emit>
+void Step::ForTicketRuns(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const {
+  int32_t first = tensors_[first_tensor].first_chunk;
+  int64_t elements = 0;
+  const int32_t end = tensors_[end_tensor - 1].end_chunk;
+  for (int32_t chunk = first; chunk < end; ++chunk) {
+    if (modes_[chunks_[chunk].tensor] != Mode::kAbsent) elements += chunks_[chunk].size;
+    const bool full = chunk + 1 == end || elements + chunks_[chunk + 1].size > chunk_size_;
+    if (full) {
+      if (elements > 0 || chunk + 1 == end) emit(first, chunk + 1);
+      first = chunk + 1;
+      elements = 0;
+    }
+  }
+}
+
+void Step::PlanTickets() {
+  tickets_.clear();
+  if (!specs_.empty()) {
+    PlanGradientTickets();
+    num_gradient_tickets_ = tickets_.size();
+    PlanMomentsTickets();
+  }
+}
+
+void Step::PlanGradientTickets() {
+  bool any = false;
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    any |= modes_[t] != Mode::kAbsent && NeedsGradientPass(static_cast<int32_t>(t));
+  }
+  if (!any) return;
+  ForTicketRuns(0, static_cast<int32_t>(specs_.size()), [&](int32_t first, int32_t end) {
+    tickets_.push_back({Ticket::kGradient, first, end});
+  });
+  std::reverse(tickets_.begin(), tickets_.end());
+}
+
+// Buckets of neighbouring tensors. The apply tickets of a bucket come a little into the moments
+// of the next one, so that no thread has to wait for another's last chunk.
+void Step::PlanMomentsTickets() {
+  constexpr int kLag = 4;  // tickets
+  const int64_t bucket_elements = BucketBytes() / kBytesPerElement;
+  const auto num_tensors = static_cast<int32_t>(specs_.size());
+  std::vector<Ticket> waiting;
+  int lag = 0;
+  const auto flush = [&] {
+    tickets_.insert(tickets_.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+  };
+  for (int32_t first = 0; first < num_tensors;) {
+    int64_t elements = 0;
+    int32_t end = first;
+    while (end < num_tensors && (end == first || elements + specs_[end].size <= bucket_elements)) {
+      elements += specs_[end++].size;
+    }
+    lag = kLag;
+    ForTicketRuns(first, end, [&](int32_t first_chunk, int32_t end_chunk) {
+      if (lag-- == 0) flush();
+      tickets_.push_back({Ticket::kMoments, first_chunk, end_chunk});
+    });
+    flush();
+    for (int32_t t = end; t-- > first;) {
+      if (modes_[t] != Mode::kTwoPass || tensors_[t].num_chunks() == 1) continue;
+      for (int32_t chunk = tensors_[t].end_chunk; chunk-- > tensors_[t].first_chunk;) {
+        waiting.push_back({Ticket::kApply, chunk, chunk + 1});
+      }
+    }
+    first = end;
+  }
+  flush();
+}
+
+bool Step::NeedsGradientPass(int32_t tensor) const {
+  return !masks_nonfinite_ || OptionsOf(tensor).clip != Clip::kNone;
+}
+
+bool Step::UsesTrust(int32_t tensor) const {
+  const GroupOptions& options = OptionsOf(tensor);
+  return options.trust != Trust::kNone &&
+         !(options.trust_ignores_vectors && specs_[tensor].is_vector);
+}
+
+Step::Mode Step::ModeOf(int32_t tensor) const {
+  if (!tensors_[tensor].gradient.present) return Mode::kAbsent;
+  if (!UsesTrust(tensor)) return Mode::kOnePass;
+  const bool delayed = OptionsOf(tensor).trust == Trust::kDelayed;
+  return delayed && !tensors_[tensor].first_step ? Mode::kOnePass : Mode::kTwoPass;
+}
+
+Slice Step::SliceOf(const Chunk& chunk) const {
+  const TensorSpec& spec = specs_[chunk.tensor];
+  const Tensor& tensor = tensors_[chunk.tensor];
+  const auto at = [&](const void* data, DType dtype) {
+    return static_cast<const char*>(data) + chunk.begin * kDTypeSize[static_cast<int>(dtype)];
+  };
+  return {const_cast<char*>(at(spec.param, spec.dtype)),
+          at(tensor.gradient.data, tensor.gradient.dtype), spec.exp_avg + chunk.begin,
+          spec.exp_avg_sq + chunk.begin, chunk.size};
+}
+
+// ---- Running a step ----
+
+void Step::Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads) {
+  const std::lock_guard<std::mutex> lock(running_);
+  Begin(gradients, statistics);
+  int64_t elements = 0;
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    if (modes_[t] != Mode::kAbsent) elements += specs_[t].size;
+  }
+  const int64_t useful_threads = 1 + elements / kElementsPerThread;
+  ThreadPool::Instance().Run(static_cast<int>(std::min<int64_t>(num_threads, useful_threads)),
+                             [this] { Work(); });
+  if (masks_nonfinite_ && FindNonfinite()) ++*tables_.skipped_steps;
+}
+
+void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
+  statistics_ = statistics;
+  skips_ = false;
+  bool replan = modes_.empty();
+  modes_.resize(specs_.size());
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const auto t = static_cast<int32_t>(i);
+    Tensor& tensor = tensors_[t];
+    tensor.gradient = gradients[t];
+    tensor.first_step = StateOf(t)[kStep] == 0;
+    tensor.variant = {specs_[t].dtype, tensor.gradient.dtype, OptionsOf(t).denominator,
+                      statistics != nullptr};
+    tensor.chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
+    tensor.apply_chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
+    tensor.step_size_known.store(false, std::memory_order_relaxed);
+    const Mode mode = ModeOf(t);
+    replan |= mode != modes_[t];
+    modes_[t] = mode;
+  }
+  if (replan) PlanTickets();
+  if (statistics != nullptr) std::fill_n(statistics, specs_.size() * kNumStatistics, 0.0);
+  next_ticket_.store(0, std::memory_order_relaxed);
+  gradient_tickets_left_.store(num_gradient_tickets_, std::memory_order_relaxed);
+  prepared_.store(false, std::memory_order_relaxed);
+  if (num_gradient_tickets_ == 0) Prepare();
+}
+
+void Step::Work() {
+  for (;;) {
+    const size_t index = next_ticket_.fetch_add(1, std::memory_order_relaxed);
+    if (index >= tickets_.size()) return;
+    const Ticket& ticket = tickets_[index];
+    if (ticket.kind == Ticket::kGradient) {
+      RunGradientTicket(ticket);
+      continue;
+    }
+    SpinUntil([this] { return prepared_.load(std::memory_order_acquire); });
+    if (skips_) return;
+    for (int32_t chunk = ticket.first_chunk; chunk < ticket.end_chunk; ++chunk) {
+      if (modes_[chunks_[chunk].tensor] == Mode::kAbsent) continue;
+      ticket.kind == Ticket::kMoments ? RunMoments(chunk) : RunApply(chunk);
+    }
+  }
+}
+
+void Step::RunGradientTicket(const Ticket& ticket) {
+  for (int32_t i = ticket.end_chunk; i-- > ticket.first_chunk;) {
+    const Chunk& chunk = chunks_[i];
+    if (modes_[chunk.tensor] == Mode::kAbsent || !NeedsGradientPass(chunk.tensor)) continue;
+    const Slice slice = SliceOf(chunk);
+    gradient_sums_[i] =
+        SumGradient(kernels_, tensors_[chunk.tensor].gradient.dtype, slice.grad, slice.size);
+  }
+  if (gradient_tickets_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) Prepare();
+}
+
+// ---- Between the passes: one thread, everything that is per tensor or per group ----
+
+void Step::Prepare() {
+  skips_ = !masks_nonfinite_ && FindNonfinite();
+  if (skips_) {
+    ++*tables_.skipped_steps;
+  } else {
+    ClipGroups();
+    for (size_t t = 0; t < specs_.size(); ++t) {
+      if (modes_[t] != Mode::kAbsent) PrepareTensor(static_cast<int32_t>(t));
+    }
+  }
+  prepared_.store(true, std::memory_order_release);
+}
+
+// Marks the tensors whose gradient holds NaN or inf, and says whether there are any.
+bool Step::FindNonfinite() {
+  bool any = false;
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    if (modes_[t] == Mode::kAbsent) continue;
+    const Tensor& tensor = tensors_[t];
+    const bool bad = std::any_of(gradient_sums_.begin() + tensor.first_chunk,
+                                 gradient_sums_.begin() + tensor.end_chunk,
+                                 [](const GradientSum& sum) { return sum.nonfinite; });
+    if (bad && statistics_ != nullptr) statistics_[t * kNumStatistics + kGradNonfinite] = 1.0;
+    any |= bad;
+  }
+  return any;
+}
+
+void Step::ClipGroups() {
+  std::fill(group_sum_sq_.begin(), group_sum_sq_.end(), 0.0);
+  std::fill(group_takes_part_.begin(), group_takes_part_.end(), 0);
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    if (modes_[t] == Mode::kAbsent) continue;
+    const int32_t group = specs_[t].group;
+    group_takes_part_[group] = 1;
+    if (groups_[group].clip == Clip::kNone) continue;
+    for (int32_t i = tensors_[t].first_chunk; i < tensors_[t].end_chunk; ++i) {
+      group_sum_sq_[group] += gradient_sums_[i].sum_sq;
+    }
+  }
+  for (size_t group = 0; group < groups_.size(); ++group) {
+    if (!group_takes_part_[group]) continue;
+    clips_[group] = ClipCoefficient(std::sqrt(group_sum_sq_[group]), groups_[group],
+                                    tables_.scalars + group * kNumScalars,
+                                    tables_.group_state + group * kNumGroupState);
+  }
+}
+
+void Step::PrepareTensor(int32_t t) {
+  Tensor& tensor = tensors_[t];
+  double* const state = StateOf(t);
+  AdvanceBiasCorrections(ScalarsOf(t), state);
+  tensor.clip = clips_[specs_[t].group];
+  tensor.coefficients = CoefficientsOf(tensor.clip, OptionsOf(t), ScalarsOf(t), state);
+  tensor.learning_rate = LearningRate(OptionsOf(t), ScalarsOf(t), state);
+  if (modes_[t] == Mode::kTwoPass) return;
+  const double trust =
+      UsesTrust(t) ? TrustRatio(state[kParamNorm], UpdateNorm(state), ScalarsOf(t)) : 1.0;
+  SetStepSize(t, trust);
+}
+
+void Step::SetStepSize(int32_t t, double trust) {
+  Tensor& tensor = tensors_[t];
+  tensor.step_size = tensor.learning_rate * trust;
+  tensor.decay_factor = OptionsOf(t).weight_decay == WeightDecay::kDecoupled
+                            ? 1.0 - tensor.step_size * ScalarsOf(t)[kWeightDecay]
+                            : 1.0;
+  tensor.coefficients.step_size = static_cast<float>(tensor.step_size);
+  tensor.coefficients.decay_factor = static_cast<float>(tensor.decay_factor);
+}
+
+// ---- Moments, and the parameters where the step size is known ----
+
+void Step::RunMoments(int32_t index) {
+  const Chunk& chunk = chunks_[index];
+  Tensor& tensor = tensors_[chunk.tensor];
+  const Slice slice = SliceOf(chunk);
+  GradientSum& gradient = gradient_sums_[index];
+  if (!NeedsGradientPass(chunk.tensor)) {
+    gradient = SumGradient(kernels_, tensor.variant.grad, slice.grad, slice.size);
+  }
+  Sums& sums = sums_[index];
+  sums = {};
+  const bool apply = modes_[chunk.tensor] == Mode::kOnePass;
+  const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
+  update(kernels_, tensor.variant, apply, slice, tensor.coefficients, sums);
+  const TensorSpec& spec = specs_[chunk.tensor];
+  if (spec.keeps_signs) {
+    sums.count_same_sign_grad = static_cast<double>(
+        UpdateSigns(kernels_, tensor.variant.grad, gradient.nonfinite, slice.grad, slice.size,
+                    tensor.coefficients.grad_scale, spec.grad_signs + chunk.begin / 8));
+  }
+  if (tensor.chunks_left.fetch_sub(1, std::memory_order_acq_rel) == 1) FinishMoments(chunk.tensor);
+}
+
+void Step::FinishMoments(int32_t t) {
+  Tensor& tensor = tensors_[t];
+  Sums total{};
+  for (int32_t i = tensor.first_chunk; i < tensor.end_chunk; ++i) total += sums_[i];
+  if (UsesTrust(t)) {
+    AdvanceUpdateNorm(std::sqrt(total.update_sq), OptionsOf(t), ScalarsOf(t), StateOf(t));
+  }
+  if (modes_[t] == Mode::kTwoPass) {
+    const double param_norm = std::sqrt(total.param_sq);
+    SetStepSize(t, TrustRatio(param_norm, UpdateNorm(StateOf(t)), ScalarsOf(t)));
+  } else {
+    StateOf(t)[kParamNorm] = std::sqrt(total.new_param_sq);
+  }
+  if (statistics_ != nullptr) WriteStatistics(t, total);
+  if (modes_[t] == Mode::kOnePass) return;
+  if (tensor.num_chunks() == 1) {
+    RunApply(tensor.first_chunk);  // its arrays are in the innermost caches
+  } else {
+    tensor.step_size_known.store(true, std::memory_order_release);
+  }
+}
+
+void Step::WriteStatistics(int32_t t, const Sums& sums) const {
+  const Tensor& tensor = tensors_[t];
+  const double inv_bc1 = 1.0 / StateOf(t)[kBiasCorrection1];
+  double* const row = statistics_ + t * kNumStatistics;
+  row[kTaken] = 1.0;
+  row[kClipCoefficient] = tensor.clip;
+  row[kStepSize] = tensor.step_size;
+  row[kDecayFactor] = tensor.decay_factor;
+  row[kGradSq] = sums.grad_sq;
+  row[kParamSq] = sums.param_sq;
+  row[kUpdateSq] = sums.update_sq;
+  row[kMHatSq] = sums.m_sq * inv_bc1 * inv_bc1;
+  row[kMHatMinusGradSq] = tensor.first_step ? 0.0 : sums.m_hat_minus_grad_sq;
+  row[kGradDotParam] = sums.grad_dot_param;
+  row[kGradDotMHat] = sums.grad_dot_m * inv_bc1;
+  row[kGradDotUpdate] = sums.grad_dot_update;
+  row[kCountGtEpsilon] = sums.count_gt_epsilon;
+  row[kSumLogAbsUpdate] = sums.sum_log_abs_update;
+  row[kGradDotMomentum] = sums.grad_dot_momentum;
+  row[kMomentumSq] = sums.momentum_sq;
+  row[kCountSameSignMomentum] = sums.count_same_sign_momentum;
+  const bool has_signs = specs_[t].keeps_signs && !tensor.first_step;
+  row[kCountSameSignGrad] =
+      has_signs ? sums.count_same_sign_grad : std::numeric_limits<double>::quiet_NaN();
+}
+
+// ---- The parameters of tensors whose trust ratio came last ----
+
+void Step::RunApply(int32_t index) {
+  const Chunk& chunk = chunks_[index];
+  Tensor& tensor = tensors_[chunk.tensor];
+  if (tensor.num_chunks() > 1) {
+    SpinUntil([&] { return tensor.step_size_known.load(std::memory_order_acquire); });
+  }
+  const auto apply = gradient_sums_[index].nonfinite ? ApplyFiniteOnly : ApplySlice;
+  apply(kernels_, tensor.variant, SliceOf(chunk), tensor.coefficients, sums_[index]);
+  if (tensor.apply_chunks_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    FinishApply(chunk.tensor);
+  }
+}
+
+void Step::FinishApply(int32_t t) {
+  double new_param_sq = 0.0;
+  for (int32_t i = tensors_[t].first_chunk; i < tensors_[t].end_chunk; ++i) {
+    new_param_sq += sums_[i].new_param_sq;
+  }
+  StateOf(t)[kParamNorm] = std::sqrt(new_param_sq);
+}
+
+}  // namespace lhopt

@@ -1,0 +1,157 @@
+// One optimizer step over all tensors of all groups: what is done when, and by which thread.
+//
+// Tensors are cut into chunks whose size depends on the layout alone. A step is a list of tickets,
+// runs of chunks that threads take in order; a ticket only ever waits for earlier ones:
+//
+//   gradient   norms and finiteness, last chunk first, so that what was read last is used first;
+//              whoever finishes the last ticket prepares every tensor's coefficients
+//   moments    moments and statistics, and the parameters' update too where the step size is known
+//   apply      the parameters' update of tensors whose trust ratio had to wait for the whole
+//              tensor's norm; it follows while a bucket of such tensors is still in the cache
+//
+// Each chunk owns a row of partial sums. The thread that finishes a tensor's last chunk adds them
+// up in chunk order, so that results depend neither on the number of threads nor on their timing.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "rules.h"
+#include "slice_ops.h"
+
+namespace lhopt {
+
+struct TensorSpec {
+  void* param;
+  float* exp_avg;
+  float* exp_avg_sq;
+  uint8_t* grad_signs;
+  int64_t size;
+  DType dtype;  // of the parameter
+  int32_t group;
+  bool keeps_signs;
+  bool is_vector;
+};
+
+// Row-major float64 tables owned by the caller; columns in rules.h.
+struct Tables {
+  const double* scalars;   // [groups, kNumScalars]
+  double* group_state;     // [groups, kNumGroupState]
+  double* tensor_state;    // [tensors, kNumTensorState]
+  int64_t* skipped_steps;  // [1]
+};
+
+struct Gradient {
+  const void* data;
+  DType dtype;
+  bool present;  // else the tensor sits this step out
+};
+
+class Step {
+ public:
+  Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, const Tables& tables,
+       bool masks_nonfinite, const Kernels& kernels);
+
+  // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. Concurrent calls
+  // take turns.
+  void Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads);
+
+  size_t num_tensors() const { return specs_.size(); }
+  const char* isa() const { return kernels_.name; }
+
+ private:
+  // How a tensor takes part in a step.
+  enum class Mode : uint8_t {
+    kAbsent,
+    kOnePass,  // moments and parameters at once
+    kTwoPass,  // the trust ratio needs the whole tensor's norm first
+  };
+
+  struct Chunk {
+    int32_t tensor;
+    int64_t begin;
+    int64_t size;
+  };
+
+  struct Ticket {
+    enum Kind : uint8_t { kGradient, kMoments, kApply } kind;
+    int32_t first_chunk, end_chunk;
+  };
+
+  struct Tensor {
+    int32_t first_chunk, end_chunk;
+    Gradient gradient;
+    Variant variant;
+    Coefficients coefficients;
+    double clip, learning_rate, step_size, decay_factor;
+    bool first_step;
+    std::atomic<int32_t> chunks_left{0};        // of the moments
+    std::atomic<int32_t> apply_chunks_left{0};  // of the parameters
+    std::atomic<bool> step_size_known{false};
+
+    int32_t num_chunks() const { return end_chunk - first_chunk; }
+  };
+
+  void CutChunks();
+  void PlanTickets();
+  void PlanGradientTickets();
+  void PlanMomentsTickets();
+  template <class Emit>
+  void ForTicketRuns(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const;
+
+  bool NeedsGradientPass(int32_t tensor) const;
+  bool UsesTrust(int32_t tensor) const;
+  Mode ModeOf(int32_t tensor) const;
+  Slice SliceOf(const Chunk& chunk) const;
+  const GroupOptions& OptionsOf(int32_t tensor) const { return groups_[specs_[tensor].group]; }
+  const double* ScalarsOf(int32_t tensor) const {
+    return tables_.scalars + specs_[tensor].group * kNumScalars;
+  }
+  double* StateOf(int32_t tensor) const { return tables_.tensor_state + tensor * kNumTensorState; }
+
+  void Begin(const std::vector<Gradient>& gradients, double* statistics);
+  void Work();
+  void RunGradientTicket(const Ticket& ticket);
+  void Prepare();
+  bool FindNonfinite();
+  void ClipGroups();
+  void PrepareTensor(int32_t tensor);
+  void SetStepSize(int32_t tensor, double trust);
+  void RunMoments(int32_t chunk);
+  void FinishMoments(int32_t tensor);
+  void WriteStatistics(int32_t tensor, const Sums& sums) const;
+  void RunApply(int32_t chunk);
+  void FinishApply(int32_t tensor);
+
+  const std::vector<TensorSpec> specs_;
+  const std::vector<GroupOptions> groups_;
+  const Tables tables_;
+  const bool masks_nonfinite_;
+  const Kernels& kernels_;
+
+  std::unique_ptr<Tensor[]> tensors_;
+  std::vector<Chunk> chunks_;
+  std::vector<Sums> sums_;                    // [chunks]
+  std::vector<GradientSum> gradient_sums_;    // [chunks]
+  std::vector<double> group_sum_sq_, clips_;  // [groups]
+  std::vector<uint8_t> group_takes_part_;     // [groups]
+  int64_t chunk_size_ = 0;
+
+  // The plan of the last step, kept as long as every tensor takes part in the same way.
+  std::vector<Mode> modes_;  // [tensors]
+  std::vector<Ticket> tickets_;
+  size_t num_gradient_tickets_ = 0;
+
+  // The step that is running.
+  std::mutex running_;
+  double* statistics_ = nullptr;
+  bool skips_ = false;
+  std::atomic<size_t> next_ticket_{0};
+  std::atomic<size_t> gradient_tickets_left_{0};
+  std::atomic<bool> prepared_{false};
+};
+
+}  // namespace lhopt

@@ -1,0 +1,188 @@
+"""The inner step in C++: SIMD kernels under a small thread pool (csrc/step.h tells how).
+
+This module checks tensors and hands their addresses over; the extension checks the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from lhopt_fused import _C
+from lhopt_fused.types import (
+    GROUP_STATE,
+    SCALARS,
+    STATISTICS,
+    TENSOR_STATE,
+    StepLayout,
+    StepOptions,
+)
+
+__all__ = ["CpuBackend"]
+
+_DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+if tuple(map(len, (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS))) != _C.TABLE_COLUMNS:
+    raise ImportError(
+        "lhopt_fused._C was built for other tables than lhopt_fused.types describes; reinstall "
+        "the package to rebuild it"
+    )
+
+
+class CpuBackend:
+    """Steps all tensors of a layout in one call, with ``torch.get_num_threads()`` threads.
+
+    Parameters and gradients are float32, bfloat16 or float16, moments float32. Results do not
+    depend on the number of threads. The fastest instruction set of the processor is used unless
+    the environment variable ``LHOPT_CPU_ISA`` names another one when the backend is built.
+
+    Raises:
+        ValueError: a tensor has a dtype, device, size or memory order that cannot be stepped, or
+            ``LHOPT_CPU_ISA`` names an instruction set that is not there.
+    """
+
+    def __init__(self, layout: StepLayout) -> None:
+        _check_layout(layout)
+        self.layout = layout
+        self._shapes = [(p.shape, p.stride()) for p in layout.params]
+        signs = layout.grad_signs or [None] * len(layout.params)
+        self._step = _C.Step(
+            tensors=[
+                _C.TensorSpec(
+                    param=param.data_ptr(),
+                    dtype=_DTYPE_CODES[param.dtype],
+                    size=param.numel(),
+                    exp_avg=layout.exp_avgs[index].data_ptr(),
+                    exp_avg_sq=layout.exp_avg_sqs[index].data_ptr(),
+                    grad_signs=None if sign is None else sign.data_ptr(),
+                    group=layout.group_of[index],
+                    is_vector=layout.is_vector[index],
+                )
+                for index, (param, sign) in enumerate(zip(layout.params, signs, strict=True))
+            ],
+            groups=[_group_options(options) for options in layout.options],
+            scalars=layout.scalars.data_ptr(),
+            group_state=layout.group_state.data_ptr(),
+            tensor_state=layout.tensor_state.data_ptr(),
+            skipped_steps=layout.skipped_steps.data_ptr(),
+            masks_nonfinite=layout.masks_nonfinite,
+        )
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: ``avx512``, ``avx2``, ``neon`` or ``scalar``."""
+        return str(self._step.isa)
+
+    def step(
+        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
+    ) -> None:
+        """See :meth:`~lhopt_fused.kernels.StepBackend.step`.
+
+        Raises:
+            ValueError: a gradient or ``statistics`` does not fit the layout; nothing was written.
+        """
+        if len(grads) != len(self._shapes):
+            raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
+        if statistics is not None:
+            _check_table(statistics, (len(grads), len(STATISTICS)), "statistics")
+        addresses, dtypes = [], []
+        for index, grad in enumerate(grads):
+            if grad is None:
+                addresses.append(0)
+                dtypes.append(_C.NO_GRADIENT)
+                continue
+            shape, stride = self._shapes[index]
+            code = _DTYPE_CODES.get(grad.dtype)
+            if code is None or not grad.is_cpu or grad.shape != shape or grad.stride() != stride:
+                code = _check_grad(grad, self.layout.params[index], index)
+            addresses.append(grad.data_ptr())
+            dtypes.append(code)
+        self._step.run(
+            addresses,
+            dtypes,
+            0 if statistics is None else statistics.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def _group_options(options: StepOptions) -> _C.GroupOptions:
+    return _C.GroupOptions(
+        denominator=options.denominator.value,
+        weight_decay=options.weight_decay.value,
+        clip=options.clip.value,
+        trust=options.trust.value,
+        trust_ignores_vectors=options.trust_ignores_vectors,
+        trust_norm_ema=options.trust_norm_ema,
+        radam_warmup=options.radam_warmup,
+        maximize=options.maximize,
+    )
+
+
+def _check_layout(layout: StepLayout) -> None:
+    tensors, groups = len(layout.params), len(layout.options)
+    for name in ("exp_avgs", "exp_avg_sqs", "grad_signs", "group_of", "is_vector"):
+        column = getattr(layout, name)
+        if column is not None and len(column) != tensors:
+            raise ValueError(f"layout.{name} has {len(column)} entries for {tensors} parameters")
+    for index, param in enumerate(layout.params):
+        _check_dtype(param, f"parameter {index}")
+        for name in ("exp_avgs", "exp_avg_sqs"):
+            moment = getattr(layout, name)[index]
+            _check_tensor(moment, torch.float32, param.shape, f"{name}[{index}]")
+            _check_same_memory_order(moment, param, f"{name}[{index}]")
+        if layout.grad_signs is not None:
+            size = (-(-param.numel() // 8),)
+            _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")
+    _check_table(layout.scalars, (groups, len(SCALARS)), "scalars")
+    _check_table(layout.group_state, (groups, len(GROUP_STATE)), "group_state")
+    _check_table(layout.tensor_state, (tensors, len(TENSOR_STATE)), "tensor_state")
+    _check_tensor(layout.skipped_steps, torch.int64, (1,), "skipped_steps")
+
+
+def _check_dtype(x: torch.Tensor, name: str) -> int:
+    """The extension's code for the dtype of a tensor on the CPU."""
+    if x.device.type != "cpu":
+        raise ValueError(f'{name} is on {x.device}; backend="cpu" steps tensors on the CPU')
+    code = _DTYPE_CODES.get(x.dtype)
+    if code is None:
+        raise ValueError(
+            f'{name} is {x.dtype}; backend="cpu" steps float32, bfloat16 and float16, use '
+            'backend="reference" for float64'
+        )
+    return code
+
+
+def _check_grad(grad: torch.Tensor, param: torch.Tensor, index: int) -> int:
+    """Accept what differs from the parameter in strides that do not matter, or say what is wrong."""
+    name = f"gradient {index}"
+    code = _check_dtype(grad, name)
+    if grad.shape != param.shape:
+        raise ValueError(f"{name} has shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
+    _check_same_memory_order(grad, param, name)
+    return code
+
+
+def _check_same_memory_order(x: torch.Tensor, param: torch.Tensor, name: str) -> None:
+    strides = zip(param.shape, x.stride(), param.stride(), strict=True)
+    if x.numel() > 1 and any(size > 1 and s != t for size, s, t in strides):
+        raise ValueError(
+            f"{name} has strides {x.stride()}, expected its parameter's, {param.stride()}"
+        )
+
+
+def _check_tensor(
+    x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str
+) -> None:
+    if x.device.type != "cpu" or x.dtype != dtype or tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
+            f"{x.device}"
+        )
+
+
+def _check_table(x: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
+    _check_tensor(x, torch.float64, shape, name)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
