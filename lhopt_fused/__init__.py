@@ -1,6 +1,7 @@
 """A PyTorch optimizer that measures itself at the speed of a fused kernel."""
 
-from lhopt_fused.optimizer import CIAO, AdamW
+from lhopt_fused.adamw import AdamW
+from lhopt_fused.ciao import CIAO
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     HYPERPARAMETERS,

@@ -1,0 +1,217 @@
+"""CIAO, LHOPT's inner optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, Literal
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from lhopt_fused.kernels import BackendName
+from lhopt_fused.numbers import LARGEST, number, number_or
+from lhopt_fused.optimizer import MeasuredOptimizer
+from lhopt_fused.types import (
+    SCALARS,
+    Clip,
+    Denominator,
+    NonFinite,
+    StepOptions,
+    Trust,
+    WeightDecay,
+)
+
+__all__ = ["CIAO", "LHOPT_START"]
+
+LHOPT_START: Final[dict[str, Any]] = {
+    "lr": 1e-3,
+    "ombeta1": 0.1,
+    "ombeta2": 1e-2,
+    "epsilon": 1e-6,
+    "weight_decay": 1e-2,
+    "denominator_norm": "inf",
+    "adam_update_include_weight_decay": True,
+    "group_clip_grad_norm": 0.8,
+    "scale_grad_norm_by_rolling_max": True,
+    "grad_clip_ombeta": 1e-2,
+    "lamb_power": 1,
+    "lamb_min_trust": 1e-3,
+    "lamb_ignore_vectors": True,
+    "lamb_update_norm_ombeta": 0.05,
+    "inner_feature_frequency": 4,
+}
+"""Keywords of :class:`CIAO` that LHOPT starts from (published config)."""
+
+
+class CIAO(MeasuredOptimizer):
+    """LHOPT's customizable inner adaptive optimizer, fused (arXiv 2106.00958, appendix).
+
+    An Adam-family step with a choice of denominator, gradient clipping by group and LAMB trust
+    ratios, which takes the 13 inner features of LHOPT from its own pass over the parameters. The
+    defaults are AdamW's; :meth:`lhopt` gives LHOPT's start. Keywords are the published names, and
+    every one may be set per param group; numbers may be changed in ``param_groups`` at any step.
+
+    Args:
+        params: parameters or param groups, as for every torch optimizer.
+        lr: learning rate, >= 0; a float or a 0-dim tensor.
+        ombeta1: one minus the decay of the first moment, in (0, 1].
+        ombeta2: one minus the decay of the second moment, in (0, 1].
+        epsilon: added to the denominator, >= 0.
+        weight_decay: >= 0.
+        denominator_norm: None or 2 for Adam's root mean square, ``"inf"`` for AdaMax's maximum.
+        adam_update_include_weight_decay: decay inside the update (and its norm), not decoupled.
+        group_clip_grad_norm: clip each group's gradient norm to this, > 0.
+        scale_grad_norm_by_rolling_max: it is a share of the decaying maximum of the norms.
+        group_clip_grad_z_score: clip at this z-score of the log norm, instead.
+        grad_clip_ombeta: one minus the decay of what clipping remembers; None means ``ombeta2``.
+        lamb_power: exponent of LAMB's trust ratio, in [0, 1]; None for none.
+        lamb_min_trust, lamb_max_trust: bounds of the trust ratio, before the power.
+        lamb_ignore_vectors: no trust ratio for tensors with fewer than two dimensions.
+        lamb_update_norm_ombeta: one minus the decay of the running norm of the update that the
+            trust ratio uses; None uses the current norm.
+        approximate_radam_warmup: scale lr by sqrt(2 / (2 - bias_correction2) - 1).
+        inner_feature_frequency: take statistics at every so many inner steps, counted from the last
+            :meth:`pop_inner_features`; None for every step, 0 for never.
+        trust: ``"exact"`` uses the current update's norm; ``"delayed"`` the running norm of the
+            updates before it, which saves a pass over the parameters.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        nonfinite: what NaN or inf in a gradient does: ``"skip"`` the step, ``"mask"`` the elements
+            (no pass over the gradients before the step), or ``"raise"``.
+        keep_grad_signs: keep one bit per element for the sign agreement of consecutive gradients.
+
+    Raises:
+        ValueError, TypeError: a bad hyperparameter or parameter, named.
+    """
+
+    _group_keys = (
+        *SCALARS,
+        "denominator_norm",
+        "adam_update_include_weight_decay",
+        "scale_grad_norm_by_rolling_max",
+        "lamb_ignore_vectors",
+        "approximate_radam_warmup",
+        "trust",
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        ombeta1: float = 0.1,
+        ombeta2: float = 1e-3,
+        epsilon: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        denominator_norm: int | Literal["inf"] | None = None,
+        adam_update_include_weight_decay: bool = False,
+        group_clip_grad_norm: float | None = None,
+        scale_grad_norm_by_rolling_max: bool = False,
+        group_clip_grad_z_score: float | None = None,
+        grad_clip_ombeta: float | None = None,
+        lamb_power: float | None = None,
+        lamb_min_trust: float = 0.0,
+        lamb_max_trust: float = math.inf,
+        lamb_ignore_vectors: bool = False,
+        lamb_update_norm_ombeta: float | None = None,
+        approximate_radam_warmup: bool = False,
+        inner_feature_frequency: int | None = None,
+        trust: Literal["exact", "delayed"] = "exact",
+        backend: BackendName = "auto",
+        nonfinite: NonFinite = "skip",
+        keep_grad_signs: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "ombeta1": ombeta1,
+            "ombeta2": ombeta2,
+            "epsilon": epsilon,
+            "weight_decay": weight_decay,
+            "denominator_norm": denominator_norm,
+            "adam_update_include_weight_decay": adam_update_include_weight_decay,
+            "group_clip_grad_norm": group_clip_grad_norm,
+            "scale_grad_norm_by_rolling_max": scale_grad_norm_by_rolling_max,
+            "group_clip_grad_z_score": group_clip_grad_z_score,
+            "grad_clip_ombeta": grad_clip_ombeta,
+            "lamb_power": lamb_power,
+            "lamb_min_trust": lamb_min_trust,
+            "lamb_max_trust": lamb_max_trust,
+            "lamb_ignore_vectors": lamb_ignore_vectors,
+            "lamb_update_norm_ombeta": lamb_update_norm_ombeta,
+            "approximate_radam_warmup": approximate_radam_warmup,
+            "trust": trust,
+        }
+        super().__init__(
+            params,
+            defaults,
+            inner_feature_frequency=inner_feature_frequency,
+            backend=backend,
+            nonfinite=nonfinite,
+            keep_grad_signs=keep_grad_signs,
+        )
+
+    @classmethod
+    def lhopt(cls, params: ParamsT, **overrides: Any) -> CIAO:
+        """LHOPT's start: what its policy begins with (arXiv 2106.00958, published config).
+
+        Args:
+            params: parameters or param groups.
+            overrides: any keyword of :class:`CIAO`.
+        """
+        return cls(params, **{**LHOPT_START, **overrides})
+
+    def _options(self, group: dict[str, Any]) -> StepOptions:
+        if group["denominator_norm"] not in (None, 2, "inf"):
+            raise ValueError(
+                f"denominator_norm must be None, 2 or 'inf', got {group['denominator_norm']!r}"
+            )
+        if group["trust"] not in ("exact", "delayed"):
+            raise ValueError(f"trust must be 'exact' or 'delayed', got {group['trust']!r}")
+        trust = Trust.EXACT if group["trust"] == "exact" else Trust.DELAYED
+        return StepOptions(
+            denominator=Denominator.MAX if group["denominator_norm"] == "inf" else Denominator.RMS,
+            weight_decay=(
+                WeightDecay.IN_UPDATE
+                if group["adam_update_include_weight_decay"]
+                else WeightDecay.DECOUPLED
+            ),
+            clip=self._clip(group),
+            trust=Trust.NONE if group["lamb_power"] is None else trust,
+            trust_ignores_vectors=bool(group["lamb_ignore_vectors"]),
+            trust_norm_ema=group["lamb_update_norm_ombeta"] is not None,
+            radam_warmup=bool(group["approximate_radam_warmup"]),
+        )
+
+    @staticmethod
+    def _clip(group: dict[str, Any]) -> Clip:
+        norm, z_score = group["group_clip_grad_norm"], group["group_clip_grad_z_score"]
+        if norm is not None and z_score is not None:
+            raise ValueError(
+                "group_clip_grad_norm and group_clip_grad_z_score exclude one another; set one"
+            )
+        if group["scale_grad_norm_by_rolling_max"] and norm is None:
+            raise ValueError(
+                "scale_grad_norm_by_rolling_max needs group_clip_grad_norm, the share of the "
+                "maximum to clip to"
+            )
+        if z_score is not None:
+            return Clip.Z_SCORE
+        if norm is None:
+            return Clip.NONE
+        return Clip.ROLLING_MAX if group["scale_grad_norm_by_rolling_max"] else Clip.NORM
+
+    def _scalars(self, group: dict[str, Any]) -> tuple[float, ...]:
+        low = number(group, "lamb_min_trust", 0, math.inf)
+        return (
+            number(group, "lr", 0, LARGEST),
+            number(group, "ombeta1", 0, 1, open_low=True),
+            number(group, "ombeta2", 0, 1, open_low=True),
+            number(group, "epsilon", 0, LARGEST),
+            number(group, "weight_decay", 0, LARGEST),
+            number_or(group, "group_clip_grad_norm", math.inf, 0, math.inf, open_low=True),
+            number_or(group, "grad_clip_ombeta", group["ombeta2"], 0, 1, open_low=True),
+            number_or(group, "lamb_update_norm_ombeta", 1.0, 0, 1, open_low=True),
+            number_or(group, "group_clip_grad_z_score", 0.0, -LARGEST, LARGEST),
+            number_or(group, "lamb_power", 0.0, 0, 1),
+            low,
+            number(group, "lamb_max_trust", low, math.inf),
+        )
