@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command that ends within 8 minutes:
+#
+#   benchmarks/gpu_check.sh [FOLDER]
+#
+# Builds the extension in a temporary copy (nothing is installed), runs the tests marked gpu, the
+# step benchmarks, the same captured in CUDA graphs, and a short step under compute-sanitizer.
+# Logs, JSON, pictures and summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check).
+# PYTHON names the interpreter. The exit status is 0 only if every check passed.
+set -uo pipefail
+
+readonly DEADLINE=470 # seconds after the start
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+mkdir -p "${1:-$root/benchmarks/results/gpu-check}" || exit 2
+out=$(cd "${1:-$root/benchmarks/results/gpu-check}" && pwd)
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+rows=()
+failed=0
+
+# record NAME STATUS SECONDS
+record() {
+  printf '%-16s %-10s %4ss\n' "$1" "$2" "$3" | tee -a "$out/summary.txt"
+  rows+=("{\"check\": \"$1\", \"status\": \"$2\", \"seconds\": $3}")
+}
+
+# check NAME SECONDS COMMAND...: run it in the copy, no longer than that and the deadline allow
+check() {
+  local name=$1 limit=$2 start=$SECONDS code status
+  shift 2
+  if ((DEADLINE - SECONDS < limit)); then limit=$((DEADLINE - SECONDS)); fi
+  if ((limit <= 0)); then
+    failed=1
+    record "$name" "no time" 0
+    return
+  fi
+  echo "== $name: $*"
+  (cd "$tree" && timeout --kill-after=10 "$limit" "$@") 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) status=passed ;;
+    124 | 137) status="timed out" ;;
+    *) status="failed ($code)" ;;
+  esac
+  if ((code != 0)); then failed=1; fi
+  record "$name" "$status" $((SECONDS - start))
+}
+
+require() {
+  local missing
+  missing=$("$python" - <<'PYTHON'
+from importlib.util import find_spec
+from shutil import which
+
+names = "torch triton numpy pybind11 setuptools pytest typer rich matplotlib".split()
+missing = [name for name in names if find_spec(name) is None]
+missing += [] if which("c++") or which("g++") or which("clang++") else ["a C++ compiler"]
+if not missing:
+    import torch
+
+    missing += [] if torch.cuda.is_available() else ["a GPU that torch can use"]
+print(", ".join(missing))
+PYTHON
+  ) || missing="a working $python"
+  if [[ -n $missing ]]; then
+    echo "gpu_check.sh: missing: $missing. Install it (or set PYTHON) and run this again." >&2
+    exit 2
+  fi
+}
+
+# The package as it is installed, without installing it: kernels/ is lhopt_fused.kernels there.
+copy_tree() {
+  cp -r "$root"/{lhopt_fused,kernels,csrc,tests,benchmarks,setup.py} "$tree" &&
+    rm -f "$tree"/lhopt_fused/*.so &&
+    cp -r "$root/kernels" "$tree/lhopt_fused/kernels"
+}
+
+require
+copy_tree || exit 2
+: >"$out/summary.txt"
+if git_dir=$(git -C "$root" rev-parse --absolute-git-dir 2>/dev/null); then
+  export GIT_DIR=$git_dir GIT_WORK_TREE=$root # results name the commit
+fi
+export LHOPT_BUILD_JOBS="${LHOPT_BUILD_JOBS:-8}"
+
+# before pyproject.toml is there, which an old setuptools would stumble over
+check build 150 "$python" setup.py build_ext --inplace
+cp "$root/pyproject.toml" "$tree"
+check tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/tests.xml" tests
+check step 180 "$python" -m benchmarks.run --device cuda --rounds 9 --out "$out"
+check graph 60 "$python" -m benchmarks.run --device cuda --graph --rounds 11 \
+  --workloads gpt2-small,small-400 --out "$out"
+if command -v compute-sanitizer >/dev/null; then
+  # without torch's cache of allocations an access outside of a tensor is one outside of memory
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 check sanitizer 90 \
+    compute-sanitizer --tool memcheck --error-exitcode 99 \
+    "$python" -m benchmarks.run --device cuda --quick --rounds 1 --workloads small-400 \
+    --variants adamw-skip,adamw-mask,lhopt-exact,lhopt-delayed --out "$tree/sanitizer"
+else
+  record sanitizer "not there" 0
+fi
+
+(
+  IFS=,
+  printf '[%s]\n' "${rows[*]}"
+) >"$out/summary.json"
+echo "== summary (everything is in $out)"
+cat "$out/summary.txt"
+exit "$failed"
