@@ -1,0 +1,1 @@
+"""A small byte-level GPT and the runs that ``lhopt demo`` and ``lhopt train`` do with it."""
