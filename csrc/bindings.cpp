@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -16,6 +17,9 @@
 namespace py = pybind11;
 
 namespace lhopt {
+
+void BindPolicyRunner(py::module_& m);  // in policy_bindings.cpp
+
 namespace {
 
 constexpr int kNoGradient = -1;  // as a dtype code
@@ -130,11 +134,16 @@ class PyStep {
                 std::to_string(grads.size()) + " and " + std::to_string(dtypes.size()));
     Require(num_threads >= 1, "num_threads must be at least 1, got " + std::to_string(num_threads));
     double* const table = Pointer<double>(statistics, "statistics");
+    if (running_) throw std::runtime_error("this step is already running in another thread");
     for (size_t i = 0; i < sizes_.size(); ++i) {
       gradients_[i] = CheckedGradient(py::cast<uintptr_t>(grads[i]), py::cast<int>(dtypes[i]), i);
     }
-    const py::gil_scoped_release release;
-    step_->Run(gradients_, table, num_threads);
+    running_ = true;
+    {
+      const py::gil_scoped_release release;
+      step_->Run(gradients_, table, num_threads);
+    }
+    running_ = false;
   }
 
   std::string isa() const { return step_->isa(); }
@@ -151,6 +160,7 @@ class PyStep {
   std::vector<int64_t> sizes_;
   std::vector<Gradient> gradients_;
   std::unique_ptr<Step> step_;
+  bool running_ = false;  // guarded by the GIL
 };
 
 void BindStep(py::module_& m) {
@@ -187,4 +197,5 @@ void BindStep(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fused optimizer steps on the CPU.";
   lhopt::BindStep(m);
+  lhopt::BindPolicyRunner(m);
 }

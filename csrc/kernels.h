@@ -21,8 +21,11 @@ struct Slice {
   int64_t size;
 };
 
-// Every number that the arithmetic of one tensor's step needs. `weight_decay` acts within the
-// update and `decay_factor` on the parameter; at most one of them differs from its neutral value.
+// Every number that the arithmetic of one tensor's step needs. With r = sqrt(v), or v itself for
+// the maximum, the update is m_hat / (s + epsilon) = m / (denominator_scale r +
+// denominator_offset), and s > epsilon means r > denominator_threshold. `weight_decay` acts within
+// the update and `decay_factor` on the parameter; at most one of them differs from its neutral
+// value.
 struct Coefficients {
   float grad_scale;  // clip coefficient, negative to maximize
   float beta1;
@@ -30,8 +33,9 @@ struct Coefficients {
   float beta2;
   float ombeta2;
   float inv_bias_correction1;
-  float inv_sqrt_bias_correction2;
-  float epsilon;
+  float denominator_scale;
+  float denominator_offset;
+  float denominator_threshold;
   float weight_decay;
   float decay_factor;
   float step_size;

@@ -52,15 +52,19 @@ Coefficients CoefficientsOf(double clip, const GroupOptions& options, const doub
                             const double* tensor_state) {
   const double beta1 = 1.0 - scalars[kOmbeta1], beta2 = 1.0 - scalars[kOmbeta2];
   const bool in_update = options.weight_decay == WeightDecay::kInUpdate;
+  const double bc1 = tensor_state[kBiasCorrection1];
+  const bool is_max = options.denominator == Denominator::kMax;
+  const double root_bc2 = is_max ? 1.0 : std::sqrt(tensor_state[kBiasCorrection2]);  // s = r / this
   Coefficients c{};
   c.grad_scale = static_cast<float>(options.maximize ? -clip : clip);
   c.beta1 = static_cast<float>(beta1);
   c.ombeta1 = static_cast<float>(1 - beta1);
   c.beta2 = static_cast<float>(beta2);
   c.ombeta2 = static_cast<float>(1 - beta2);
-  c.inv_bias_correction1 = static_cast<float>(1.0 / tensor_state[kBiasCorrection1]);
-  c.inv_sqrt_bias_correction2 = static_cast<float>(1.0 / std::sqrt(tensor_state[kBiasCorrection2]));
-  c.epsilon = static_cast<float>(scalars[kEpsilon]);
+  c.inv_bias_correction1 = static_cast<float>(1.0 / bc1);
+  c.denominator_scale = static_cast<float>(bc1 / root_bc2);
+  c.denominator_offset = static_cast<float>(bc1 * scalars[kEpsilon]);
+  c.denominator_threshold = static_cast<float>(root_bc2 * scalars[kEpsilon]);
   c.weight_decay = in_update ? static_cast<float>(scalars[kWeightDecay]) : 0.0f;
   return c;
 }

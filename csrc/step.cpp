@@ -175,7 +175,6 @@ Slice Step::SliceOf(const Chunk& chunk) const {
 // ---- Running a step ----
 
 void Step::Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads) {
-  const std::lock_guard<std::mutex> lock(running_);
   Begin(gradients, statistics);
   int64_t elements = 0;
   for (size_t t = 0; t < specs_.size(); ++t) {

@@ -16,7 +16,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "rules.h"
@@ -55,8 +54,8 @@ class Step {
   Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, const Tables& tables,
        bool masks_nonfinite, const Kernels& kernels);
 
-  // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. Concurrent calls
-  // take turns.
+  // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. One call at a
+  // time.
   void Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads);
 
   size_t num_tensors() const { return specs_.size(); }
@@ -146,7 +145,6 @@ class Step {
   size_t num_gradient_tickets_ = 0;
 
   // The step that is running.
-  std::mutex running_;
   double* statistics_ = nullptr;
   bool skips_ = false;
   std::atomic<size_t> next_ticket_{0};

@@ -10,9 +10,10 @@ using F = Vec::F;
 
 // Lane sums are float32 for this many vectors and then flushed to float64: it bounds their error.
 constexpr int64_t kVectorsPerFlush = 128;
-// Factors in [1, 2) whose product cannot leave the range of float32.
-constexpr int64_t kFactorsPerProduct = 64;
-constexpr int32_t kExponentBias = 127;
+
+// A call that takes the lane sums by reference keeps them in memory; within an inlined one they
+// stay in registers.
+#define LHOPT_INLINE __attribute__((always_inline)) inline
 
 int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -25,37 +26,37 @@ struct Broadcast {
         beta2(Vec::Set(c.beta2)),
         ombeta2(Vec::Set(c.ombeta2)),
         inv_bias_correction1(Vec::Set(c.inv_bias_correction1)),
-        inv_sqrt_bias_correction2(Vec::Set(c.inv_sqrt_bias_correction2)),
-        epsilon(Vec::Set(c.epsilon)),
+        denominator_scale(Vec::Set(c.denominator_scale)),
+        denominator_offset(Vec::Set(c.denominator_offset)),
+        denominator_threshold(Vec::Set(c.denominator_threshold)),
         weight_decay(Vec::Set(c.weight_decay)),
         decay_factor(Vec::Set(c.decay_factor)),
         step_size(Vec::Set(c.step_size)) {}
 
-  F grad_scale, beta1, ombeta1, beta2, ombeta2, inv_bias_correction1, inv_sqrt_bias_correction2;
-  F epsilon, weight_decay, decay_factor, step_size;
+  F grad_scale, beta1, ombeta1, beta2, ombeta2, inv_bias_correction1;
+  F denominator_scale, denominator_offset, denominator_threshold;
+  F weight_decay, decay_factor, step_size;
 };
 
-// Sum of log x over positive x as the log of products: mantissas multiply, exponents add.
+// Sum of log x over x >= 1e-8 as the log of products whose exponents are taken out and added up.
+// The product of two x overflows only where x^2 does too.
 class LogSum {
  public:
   LogSum() : product_(Vec::Set(1.0f)), exponent_(Vec::Zero()) {}
 
-  void Add(F x) { product_ = Vec::Mul(product_, Vec::TakeExponent(x, exponent_)); }
+  LHOPT_INLINE void Add(F x) { product_ = Vec::Mul(product_, x); }
 
-  // To be called every kFactorsPerProduct additions.
-  void Renormalize() { product_ = Vec::TakeExponent(product_, exponent_); }
+  // To be called after every second Add.
+  LHOPT_INLINE void TakeExponent() { product_ = Vec::TakeExponent(product_, exponent_); }
 
-  // `taken`: calls of Add and Renormalize. One logarithm for all lanes.
-  double Total(int64_t taken) const {
+  // One logarithm for all lanes, after `calls` of TakeExponent.
+  LHOPT_INLINE double Total(int64_t calls) const {
+    constexpr int64_t kBias = 126;
     float lanes[Vec::kWidth];
     Vec::Store(lanes, product_);
-    double product = 1.0;
-    int64_t exponent = Vec::Total(exponent_) - kExponentBias * taken * Vec::kWidth;
-    for (int64_t lane = 0; lane < Vec::kWidth; ++lane) {
-      int power;
-      product = frexp(product * lanes[lane], &power);
-      exponent += power;
-    }
+    double product = 1.0;  // of up to 16 lanes, each at least 1/2
+    for (int64_t lane = 0; lane < Vec::kWidth; ++lane) product *= lanes[lane];
+    const int64_t exponent = Vec::Total(exponent_) - kBias * calls * Vec::kWidth;
     return log(product) + 0.693147180559945309 * static_cast<double>(exponent);
   }
 
@@ -81,13 +82,13 @@ struct LaneSums {
   LogSum log_abs_update;
   Vec::I count_gt_epsilon, count_same_sign_momentum;
 
-  void AddNorms(Sums& sums) const {
+  LHOPT_INLINE void AddNorms(Sums& sums) const {
     sums.param_sq += Vec::Total(param_sq);
     sums.update_sq += Vec::Total(update_sq);
     sums.new_param_sq += Vec::Total(new_param_sq);
   }
 
-  void AddStatistics(int64_t logs_taken, Sums& sums) const {
+  LHOPT_INLINE void AddStatistics(int64_t exponents_taken, Sums& sums) const {
     const double update_sq_total = Vec::Total(update_sq);
     sums.grad_sq += Vec::Total(grad_sq);
     sums.m_sq += Vec::Total(m_sq);
@@ -99,27 +100,28 @@ struct LaneSums {
     sums.momentum_sq += Vec::Total(momentum_sq);
     // Exponent bits know no NaN or inf; the squares of the same numbers do.
     sums.sum_log_abs_update +=
-        isfinite(update_sq_total) ? log_abs_update.Total(logs_taken) : update_sq_total;
+        isfinite(update_sq_total) ? log_abs_update.Total(exponents_taken) : update_sq_total;
     sums.count_gt_epsilon += static_cast<double>(Vec::Total(count_gt_epsilon));
     sums.count_same_sign_momentum += static_cast<double>(Vec::Total(count_same_sign_momentum));
   }
 };
 
-// s, from the second moment as stored.
+// r: what the denominator is a multiple of.
 template <Denominator kDenominator>
-F DenominatorOf(F v, const Broadcast& c) {
+LHOPT_INLINE F RootOf(F v) {
   if constexpr (kDenominator == Denominator::kMax) return v;
-  return Vec::Mul(Vec::Sqrt(v), c.inv_sqrt_bias_correction2);
+  return Vec::Sqrt(v);
 }
 
 // u
-F UpdateOf(F m_hat, F s, F p, const Broadcast& c) {
-  return Vec::MulAdd(c.weight_decay, p, Vec::Div(m_hat, Vec::Add(s, c.epsilon)));
+LHOPT_INLINE F UpdateOf(F m, F root, F p, const Broadcast& c) {
+  const F denominator = Vec::MulAdd(root, c.denominator_scale, c.denominator_offset);
+  return Vec::MulAdd(c.weight_decay, p, Vec::Div(m, denominator));
 }
 
 // p <- a p - lr T u, and the sum of its squares as stored
 template <class P>
-void StoreParam(P* out, F p, F u, const Broadcast& c, LaneSums& sums) {
+LHOPT_INLINE void StoreParam(P* out, F p, F u, const Broadcast& c, LaneSums& sums) {
   const F exact = Vec::NegMulAdd(c.step_size, u, Vec::Mul(p, c.decay_factor));
   const F stored = Vec::Store(out, exact);
   sums.new_param_sq = Vec::MulAdd(stored, stored, sums.new_param_sq);
@@ -127,7 +129,7 @@ void StoreParam(P* out, F p, F u, const Broadcast& c, LaneSums& sums) {
 
 // One vector of the step.
 template <class P, class G, Denominator kDenominator, bool kStatistics, bool kApply>
-void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& sums) {
+LHOPT_INLINE void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& sums) {
   P* const param = static_cast<P*>(slice.param) + i;
   const F g = Vec::Mul(Vec::Load(static_cast<const G*>(slice.grad) + i), c.grad_scale);
   const F p = Vec::Load(param);
@@ -137,9 +139,8 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
   const F m = Vec::MulAdd(momentum, c.beta1, Vec::Mul(g, c.ombeta1));
   const F v = kDenominator == Denominator::kMax ? Vec::Max(v_before, Vec::Abs(g))
                                                 : Vec::MulAdd(Vec::Mul(g, c.ombeta2), g, v_before);
-  const F m_hat = Vec::Mul(m, c.inv_bias_correction1);
-  const F s = DenominatorOf<kDenominator>(v, c);
-  const F u = UpdateOf(m_hat, s, p, c);
+  const F root = RootOf<kDenominator>(v);
+  const F u = UpdateOf(m, root, p, c);
   Vec::Store(slice.exp_avg + i, m);
   Vec::Store(slice.exp_avg_sq + i, v);
   if constexpr (kApply) StoreParam(param, p, u, c, sums);
@@ -148,7 +149,7 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
   sums.update_sq = Vec::MulAdd(u, u, sums.update_sq);
   if constexpr (kStatistics) {
     const F zero = Vec::Set(0.0f);
-    const F noise = Vec::Sub(m_hat, g);
+    const F noise = Vec::MulSub(m, c.inv_bias_correction1, g);
     sums.grad_sq = Vec::MulAdd(g, g, sums.grad_sq);
     sums.m_sq = Vec::MulAdd(m, m, sums.m_sq);
     sums.m_hat_minus_grad_sq = Vec::MulAdd(noise, noise, sums.m_hat_minus_grad_sq);
@@ -158,7 +159,8 @@ void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& s
     sums.grad_dot_momentum = Vec::MulAdd(g, momentum, sums.grad_dot_momentum);
     sums.momentum_sq = Vec::MulAdd(momentum, momentum, sums.momentum_sq);
     sums.log_abs_update.Add(Vec::Add(Vec::Abs(u), Vec::Set(1e-8f)));
-    sums.count_gt_epsilon = Vec::Count(sums.count_gt_epsilon, Vec::Less(c.epsilon, s));
+    sums.count_gt_epsilon =
+        Vec::Count(sums.count_gt_epsilon, Vec::Less(c.denominator_threshold, root));
     sums.count_same_sign_momentum = Vec::Count(
         sums.count_same_sign_momentum, Vec::Same(Vec::Less(g, zero), Vec::Less(momentum, zero)));
   }
@@ -170,17 +172,19 @@ void Update(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
   for (int64_t i = 0; i < slice.size;) {
     LaneSums lanes;
     const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, slice.size);
-    int64_t logs_taken = (end - i) / Vec::kWidth;
-    while (i < end) {
-      const int64_t stop = Smaller(i + kFactorsPerProduct * Vec::kWidth, end);
-      for (; i < stop; i += Vec::kWidth) {
-        UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i, c, lanes);
-      }
-      lanes.log_abs_update.Renormalize();
-      ++logs_taken;
+    const int64_t vectors = (end - i) / Vec::kWidth;
+    for (int64_t pairs = vectors / 2; pairs > 0; --pairs, i += 2 * Vec::kWidth) {
+      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i, c, lanes);
+      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i + Vec::kWidth, c, lanes);
+      lanes.log_abs_update.TakeExponent();
+    }
+    if (vectors % 2 != 0) {
+      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i, c, lanes);
+      lanes.log_abs_update.TakeExponent();
+      i += Vec::kWidth;
     }
     lanes.AddNorms(sums);
-    if constexpr (kStatistics) lanes.AddStatistics(logs_taken, sums);
+    if constexpr (kStatistics) lanes.AddStatistics((vectors + 1) / 2, sums);
   }
 }
 
@@ -194,9 +198,8 @@ void Apply(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
     for (; i < end; i += Vec::kWidth) {
       P* const param = static_cast<P*>(slice.param) + i;
       const F p = Vec::Load(param);
-      const F m_hat = Vec::Mul(Vec::Load(slice.exp_avg + i), c.inv_bias_correction1);
-      const F s = DenominatorOf<kDenominator>(Vec::Load(slice.exp_avg_sq + i), c);
-      StoreParam(param, p, UpdateOf(m_hat, s, p, c), c, lanes);
+      const F root = RootOf<kDenominator>(Vec::Load(slice.exp_avg_sq + i));
+      StoreParam(param, p, UpdateOf(Vec::Load(slice.exp_avg + i), root, p, c), c, lanes);
     }
     sums.new_param_sq += Vec::Total(lanes.new_param_sq);
   }

@@ -53,6 +53,7 @@ struct Vec {
   static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F Div(F a, F b) { return _mm512_div_ps(a, b); }
   static F MulAdd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }      // a b + c
+  static F MulSub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }      // a b - c
   static F NegMulAdd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static F Sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F Max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -70,7 +71,7 @@ struct Vec {
   // `exponent`.
   static F TakeExponent(F x, I& exponent) {
     exponent = _mm512_add_epi32(exponent, _mm512_srli_epi32(_mm512_castps_si512(x), 23));
-    return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
   }
 
   static double Total(F a) {
@@ -126,6 +127,7 @@ struct Vec {
   static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F Div(F a, F b) { return _mm256_div_ps(a, b); }
   static F MulAdd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F MulSub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F NegMulAdd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
   static F Sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F Max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -141,10 +143,10 @@ struct Vec {
 
   static F TakeExponent(F x, I& exponent) {
     const I bits = _mm256_castps_si256(x);
-    const I one = _mm256_set1_epi32(0x3f800000);
+    const I half = _mm256_set1_epi32(0x3f000000);
     exponent = _mm256_add_epi32(exponent, _mm256_srli_epi32(bits, 23));
     return _mm256_castsi256_ps(
-        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), one));
+        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), half));
   }
 
   static double Total(F a) {
@@ -199,6 +201,7 @@ struct Vec {
   static F Mul(F a, F b) { return vmulq_f32(a, b); }
   static F Div(F a, F b) { return vdivq_f32(a, b); }
   static F MulAdd(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F MulSub(F a, F b, F c) { return vnegq_f32(vfmsq_f32(c, a, b)); }
   static F NegMulAdd(F a, F b, F c) { return vfmsq_f32(c, a, b); }
   static F Sqrt(F a) { return vsqrtq_f32(a); }
   static F Max(F a, F b) { return vmaxq_f32(a, b); }
@@ -215,9 +218,9 @@ struct Vec {
 
   static F TakeExponent(F x, I& exponent) {
     const I bits = vreinterpretq_s32_f32(x);
-    const I one = vdupq_n_s32(0x3f800000);
+    const I half = vdupq_n_s32(0x3f000000);
     exponent = vaddq_s32(exponent, vshrq_n_s32(bits, 23));
-    return vreinterpretq_f32_s32(vorrq_s32(vandq_s32(bits, vdupq_n_s32(0x007fffff)), one));
+    return vreinterpretq_f32_s32(vorrq_s32(vandq_s32(bits, vdupq_n_s32(0x007fffff)), half));
   }
 
   static double Total(F a) {
@@ -250,6 +253,7 @@ struct Vec {
   static F Mul(F a, F b) { return a * b; }
   static F Div(F a, F b) { return a / b; }
   static F MulAdd(F a, F b, F c) { return a * b + c; }
+  static F MulSub(F a, F b, F c) { return a * b - c; }
   static F NegMulAdd(F a, F b, F c) { return c - a * b; }
   static F Sqrt(F a) { return std::sqrt(a); }
   static F Max(F a, F b) { return a > b ? a : b; }
@@ -264,7 +268,7 @@ struct Vec {
   static F TakeExponent(F x, I& exponent) {
     const uint32_t bits = BitsOf(x);
     exponent += static_cast<I>(bits >> 23);
-    return FloatFromBits((bits & 0x007fffffu) | 0x3f800000u);
+    return FloatFromBits((bits & 0x007fffffu) | 0x3f000000u);
   }
 
   static double Total(F a) { return a; }

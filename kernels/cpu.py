@@ -47,7 +47,7 @@ class CpuBackend:
         _check_layout(layout)
         self.layout = layout
         self._shapes = [(p.shape, p.stride()) for p in layout.params]
-        signs = layout.grad_signs or [None] * len(layout.params)
+        signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * len(layout.params)
         self._step = _C.Step(
             tensors=[
                 _C.TensorSpec(
@@ -155,7 +155,7 @@ def _check_dtype(x: torch.Tensor, name: str) -> int:
 
 
 def _check_grad(grad: torch.Tensor, param: torch.Tensor, index: int) -> int:
-    """Accept what differs from the parameter in strides that do not matter, or say what is wrong."""
+    """Accept strides that differ where it does not matter; otherwise say what is wrong."""
     name = f"gradient {index}"
     code = _check_dtype(grad, name)
     if grad.shape != param.shape:
@@ -172,9 +172,7 @@ def _check_same_memory_order(x: torch.Tensor, param: torch.Tensor, name: str) ->
         )
 
 
-def _check_tensor(
-    x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str
-) -> None:
+def _check_tensor(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> None:
     if x.device.type != "cpu" or x.dtype != dtype or tuple(x.shape) != tuple(shape):
         raise ValueError(
             f"{name} must be {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "

@@ -1,0 +1,154 @@
+"""Applying the update ``p <- a p - lr T u``, in a pass of its own where T needs all of u first."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lhopt_fused.kernels.triton_chunks import data_pointer, load_chunk, tile, where_set
+from lhopt_fused.kernels.triton_tables import (
+    ADDRESS_COLUMNS,
+    C_ACTIVE,
+    C_DECAY,
+    C_DEFERRED,
+    C_EPSILON,
+    C_M_SCALE,
+    C_MASKED,
+    C_S_SCALE,
+    C_STEP_SIZE,
+    C_WEIGHT_DECAY,
+    COEFFICIENT_COLUMNS,
+    DELAYS_TRUST,
+    PARAM_NORM,
+    STATE_COLUMNS,
+    W_ACTIVE,
+    W_DEFERRED,
+    WORK_COLUMNS,
+)
+
+__all__ = ["apply_kernel", "load_direction", "param_norm_kernel", "round_to", "update_direction"]
+
+
+@triton.jit
+def load_direction(row_ptr):
+    """``(1 / bc1, 1 / sqrt(bc2), epsilon, weight_decay)`` of a tensor."""
+    m_scale, s_scale = tl.load(row_ptr + C_M_SCALE), tl.load(row_ptr + C_S_SCALE)
+    return m_scale, s_scale, tl.load(row_ptr + C_EPSILON), tl.load(row_ptr + C_WEIGHT_DECAY)
+
+
+@triton.jit
+def update_direction(
+    p,
+    m,
+    v,
+    m_scale,
+    s_scale,
+    epsilon,
+    weight_decay,
+    ROOT_DENOMINATOR: tl.constexpr,
+    DECAY_IN_UPDATE: tl.constexpr,
+):
+    """``(u, m_hat, s)`` from the parameter before the step and the moments after it."""
+    m_hat = m * m_scale
+    s = v
+    if ROOT_DENOMINATOR:
+        s = tl.sqrt(v) * s_scale
+    u = m_hat / (s + epsilon)
+    if DECAY_IN_UPDATE:
+        u += weight_decay * p
+    return u, m_hat, s
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """float32 -> ``DTYPE``, to the nearest, ties to even.
+
+    bfloat16 is the upper half of a float32, so that rounding is integer arithmetic; written out
+    because Triton's interpreter truncates.
+    """
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        nearest = tl.where(x == x, nearest, 0x7FC00000)  # a NaN must not round to a number
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def apply_kernel(
+    chunks_ptr,
+    grads_ptr,  # int64 [T]
+    addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
+    coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    new_param_sq_ptr,  # float32 [rows], written where DELAYED
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ROOT_DENOMINATOR: tl.constexpr,
+    DECAY_IN_UPDATE: tl.constexpr,
+    MASKS: tl.constexpr,
+    DELAYED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Apply what the moments pass deferred: 12 bytes an element read and 4 written for float32.
+
+    The update is computed again from p, m and v, with the same bits. The gradient is looked at only
+    where a tensor holds elements to be left out.
+    """
+    tensor, start, length, row = load_chunk(chunks_ptr, tl.program_id(0))
+    row_ptr = coefficients_ptr + tensor * COEFFICIENT_COLUMNS
+    if (tl.load(row_ptr + C_DEFERRED) == 0.0) | (tl.load(row_ptr + C_ACTIVE) == 0.0):
+        return
+    address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
+    param_ptr = data_pointer(tl.load(address_ptr), start, PARAM_DTYPE, ALIGNED)
+    m_ptr = data_pointer(tl.load(address_ptr + 1), start, tl.float32, ALIGNED)
+    v_ptr = data_pointer(tl.load(address_ptr + 2), start, tl.float32, ALIGNED)
+    grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
+    some_masked = tl.load(row_ptr + C_MASKED)
+    m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
+    step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
+    new_param_sq = tl.zeros([ROWS], tl.float32)
+    for offset in range(0, length, ROWS * VECTOR):
+        indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
+        p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + indices, mask=inside, other=0.0)
+        v = tl.load(v_ptr + indices, mask=inside, other=1.0)
+        u, _, _ = update_direction(
+            p, m, v, m_scale, s_scale, epsilon, weight_decay, ROOT_DENOMINATOR, DECAY_IN_UPDATE
+        )
+        new = p * decay - step_size * u
+        if MASKS:
+            looks = where_set(inside, some_masked)
+            g = tl.load(grad_ptr + indices, mask=looks, other=0.0).to(tl.float32)
+            new = tl.where(tl.abs(g) < float("inf"), new, p)
+        rounded = round_to(new, PARAM_DTYPE)
+        tl.store(param_ptr + indices, rounded, mask=inside)
+        if DELAYED:
+            kept = rounded.to(tl.float32)
+            new_param_sq += tl.sum(kept * kept, axis=1)
+    if DELAYED:
+        tl.store(new_param_sq_ptr + row, tl.sum(new_param_sq, axis=0))
+
+
+@triton.jit
+def param_norm_kernel(
+    first_row_ptr,  # int64 [T + 1]
+    traits_ptr,  # int32 [T]
+    new_param_sq_ptr,  # float32 [rows]
+    work_ptr,
+    tensor_state_ptr,
+    ROWS: tl.constexpr,
+):
+    """Remember the norm of a parameter whose update was deferred although its trust is delayed."""
+    tensor = tl.program_id(0).to(tl.int64)
+    row_ptr = work_ptr + tensor * WORK_COLUMNS
+    is_deferred = (tl.load(row_ptr + W_ACTIVE) != 0.0) & (tl.load(row_ptr + W_DEFERRED) != 0.0)
+    if is_deferred & ((tl.load(traits_ptr + tensor) & DELAYS_TRUST) != 0):
+        begin, end = tl.load(first_row_ptr + tensor), tl.load(first_row_ptr + tensor + 1)
+        total = tl.zeros([ROWS], tl.float64)
+        for first in range(begin, end, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            total += tl.load(new_param_sq_ptr + rows, mask=rows < end, other=0.0).to(tl.float64)
+        norm = tl.sqrt(tl.sum(total, axis=0))
+        tl.store(tensor_state_ptr + tensor * STATE_COLUMNS + PARAM_NORM, norm)

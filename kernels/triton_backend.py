@@ -1,0 +1,244 @@
+"""The GPU backend: the whole inner step in a handful of launches, without a word to the host.
+
+A step is: gradient norms (where something clips or skips), a preparing kernel, then moments,
+statistics and most updates in one pass, a finalising kernel, and the updates that had to wait for
+a norm. Launches are one per kernel and bucket of tensors with equal dtypes and static options,
+whatever their number and groups; every scalar stays on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lhopt_fused.types import BackendUnavailableError, StepLayout
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise BackendUnavailableError(
+        f"backend 'triton' needs the package triton, which cannot be imported ({error}); "
+        "install lhopt-fused[triton], or choose backend='cpu' or 'reference'"
+    ) from error
+
+from lhopt_fused.kernels.triton_features import (
+    FEATURE_COLUMNS,
+    NORM_COLUMNS,
+    SUM_COLUMNS,
+    add_features_kernel,
+    group_features_kernel,
+)
+from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
+from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, Signature, StepPlan
+
+__all__ = ["TritonBackend", "check_layout"]
+
+_ALIGNMENT: Final = 16  # bytes of the widest access
+_data_ptr: Final[Callable[[Any], int]] = torch.Tensor.data_ptr
+_FEATURE_BLOCK: Final = 64  # tensors, or groups, at a time
+
+
+class TritonBackend:
+    """Steps all tensors of a layout on one CUDA device; the contract is ``StepBackend``'s.
+
+    ``step`` neither synchronises nor allocates once it has seen gradients of the same dtypes and
+    alignment, so that it can be captured in a CUDA graph after a step outside of one.
+    """
+
+    def __init__(self, layout: StepLayout) -> None:
+        """Compile the kernels of this layout and upload its tables.
+
+        Raises:
+            BackendUnavailableError: there is no CUDA device, and Triton's interpreter is off.
+            ValueError: a tensor is of a device or dtype that this backend does not step.
+        """
+        check_layout(layout)
+        self.layout = layout
+        is_cuda = layout.device.type == "cuda"
+        self._on_device: contextlib.AbstractContextManager[Any] = (
+            torch.cuda.device(layout.device) if is_cuda else contextlib.nullcontext()
+        )
+        with self._on_device:
+            self._tables = DeviceTables(layout)
+            self._pointers = _GradPointers(self._tables.grads)
+            self._features = self._feature_launches()
+            self._state_aligned = _is_aligned(self._tables.addresses[:, :3].cpu().numpy())
+            self._plans: dict[Signature, StepPlan] = {}
+            self._plan = self._plan_for(
+                Signature(
+                    tuple(param.dtype for param in layout.params),
+                    tuple(self._state_aligned.tolist()),
+                )
+            )
+
+    @torch.no_grad()
+    def step(
+        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
+    ) -> None:
+        with self._on_device:
+            pointers = _addresses(grads)
+            if self._pointers.differ(pointers):
+                self._plan = self._plan_for(self._signature(grads, pointers))
+            self._pointers.upload(pointers)
+            measured = statistics is not None
+            for launch in self._plan.before[measured]:
+                launch()
+            finalize = self._plan.finalize[measured]
+            if finalize is not None:
+                finalize(self._tables.unused_statistics if statistics is None else statistics)
+            for launch in self._plan.after:
+                launch()
+
+    def accumulate_features(self, statistics: torch.Tensor, sums: torch.Tensor) -> None:
+        """Add the mean features of one step to ``sums``, on the device.
+
+        Args:
+            statistics: float64 ``[T, len(STATISTICS)]`` that :meth:`step` has filled.
+            sums: float64 ``[2, 18]``, sum and number of measured steps of each feature, then of
+                each of ``STEP_NORMS``.
+        """
+        per_group, total = self._features
+        with self._on_device:
+            per_group(statistics)
+            total(sums)
+
+    def _feature_launches(self) -> tuple[Launch, Launch]:
+        device, groups = self._tables, len(self.layout.options)
+        means = device.unused_statistics.new_zeros(groups, FEATURE_COLUMNS.value)
+        squares = device.unused_statistics.new_zeros(groups, NORM_COLUMNS.value)
+        sums = device.unused_statistics.new_zeros(2, SUM_COLUMNS.value)
+        args = device.first_member, device.members, device.numel, device.clip_modes, means, squares
+        constants = {"BLOCK": _FEATURE_BLOCK}
+        return (
+            Launch(
+                group_features_kernel,
+                groups,
+                args,
+                constants,
+                example=(device.unused_statistics,),
+            ),
+            Launch(add_features_kernel, 1, (means, squares, groups), constants, example=(sums,)),
+        )
+
+    def _signature(
+        self, grads: Sequence[torch.Tensor | None], pointers: npt.NDArray[np.int64]
+    ) -> Signature:
+        """Of these gradients; a missing one is taken to be as the one before it."""
+        before = self._plan.signature
+        pairs = zip(before.grad_dtypes, grads, strict=True)
+        dtypes = tuple(dtype if grad is None else grad.dtype for dtype, grad in pairs)
+        aligned = self._state_aligned & _is_aligned(pointers)
+        aligned = np.where(pointers == 0, before.is_aligned, aligned)
+        return Signature(dtypes, tuple(aligned.tolist()))
+
+    def _plan_for(self, signature: Signature) -> StepPlan:
+        """The launches for gradients of this signature; compiles where it is new.
+
+        Raises:
+            ValueError: a gradient is of a dtype that this backend does not read.
+        """
+        if signature not in self._plans:
+            for index, dtype in enumerate(signature.grad_dtypes):
+                if dtype not in DTYPES:
+                    raise ValueError(
+                        f"gradient {index} is {dtype}; backend 'triton' reads float32, bfloat16 "
+                        "and float16: cast it, or choose backend='reference'"
+                    )
+            self._plans[signature] = StepPlan(self.layout, self._tables, signature)
+        return self._plans[signature]
+
+
+class _GradPointers:
+    """The device table of gradient addresses, uploaded only when an address has changed.
+
+    A CUDA graph uploads the addresses it was captured with at every replay, so that it does not
+    depend on the steps around it; from the first capture on, steps outside of graphs do so too.
+    """
+
+    def __init__(self, table: torch.Tensor) -> None:
+        """``table`` is int64 ``[T]`` and zero; 0 stands for a missing gradient."""
+        self._table = table
+        self._host: npt.NDArray[np.int64] = np.zeros(len(table), dtype=np.int64)
+        # Pinned memory for as long as a graph may read it; a capture itself must not allocate.
+        self._captured: dict[bytes, torch.Tensor] = {}
+        self._spare: torch.Tensor | None = self._pinned(np.zeros_like(self._host))
+
+    def differ(self, pointers: npt.NDArray[np.int64]) -> bool:
+        """Whether these are not the addresses of the last upload."""
+        return not np.array_equal(pointers, self._host)
+
+    def upload(self, pointers: npt.NDArray[np.int64]) -> None:
+        """Bring the table up to date."""
+        if self._table.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._table.copy_(self._pinned_for_ever(pointers), non_blocking=True)
+        elif self._captured or self.differ(pointers):
+            # torch reuses pinned memory only when the copy out of it is done
+            self._table.copy_(self._pinned(pointers), non_blocking=True)
+            if self._spare is None:
+                self._spare = self._pinned(pointers)
+        self._host = pointers
+
+    def _pinned(self, pointers: npt.NDArray[np.int64]) -> torch.Tensor:
+        staged = torch.from_numpy(pointers)
+        return staged.pin_memory() if self._table.is_cuda else staged
+
+    def _pinned_for_ever(self, pointers: npt.NDArray[np.int64]) -> torch.Tensor:
+        key = pointers.tobytes()
+        if key not in self._captured:
+            if self._spare is None:
+                raise RuntimeError(
+                    "the gradients moved twice without a step outside of CUDA graph captures; "
+                    "call step() once between the captures"
+                )
+            self._captured[key], self._spare = self._spare, None
+            self._captured[key].numpy()[:] = pointers
+        return self._captured[key]
+
+
+def _addresses(grads: Sequence[torch.Tensor | None]) -> npt.NDArray[np.int64]:
+    """Where the gradients lie, 0 where one is missing; an empty one lies nowhere, but is there."""
+    count = len(grads)
+    try:
+        pointers = np.fromiter(map(_data_ptr, grads), dtype=np.int64, count=count)
+    except TypeError:  # some are None
+        present = (0 if g is None else g.data_ptr() or _ALIGNMENT for g in grads)
+        return np.fromiter(present, dtype=np.int64, count=count)
+    pointers[pointers == 0] = _ALIGNMENT
+    return pointers
+
+
+def _is_aligned(pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether every pointer of a row is a multiple of 16 bytes."""
+    aligned: npt.NDArray[np.bool_] = (pointers % _ALIGNMENT == 0).reshape(len(pointers), -1).all(1)
+    return aligned
+
+
+def check_layout(layout: StepLayout) -> None:
+    """Refuse what this backend cannot step, before anything is compiled or written."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "backend 'triton' needs a CUDA device, and torch finds none here; choose "
+            "backend='cpu' or 'reference', or set TRITON_INTERPRET=1 to run it on the CPU for tests"
+        )
+    wanted = "cpu" if INTERPRETED else "cuda"
+    every = (*layout.params, *layout.exp_avgs, *layout.exp_avg_sqs, *(layout.grad_signs or ()))
+    for tensor in every:
+        if tensor.device.type != wanted or tensor.device != layout.device:
+            raise ValueError(
+                f"backend 'triton' steps tensors of one {wanted.upper()} device, here "
+                f"{layout.device}; got a tensor on {tensor.device}: move it, or use one optimizer "
+                "per device"
+            )
+    for index, param in enumerate(layout.params):
+        moments = {layout.exp_avgs[index].dtype, layout.exp_avg_sqs[index].dtype}
+        if param.dtype not in DTYPES or moments != {torch.float32}:
+            raise ValueError(
+                "backend 'triton' steps float32, bfloat16 and float16 parameters with float32 "
+                f"moments; parameter {index} is {param.dtype} with moments "
+                f"{sorted(map(str, moments))}: choose backend='reference' for float64"
+            )

@@ -1,0 +1,189 @@
+"""The main pass: moments, all statistics, and the update itself where its trust ratio is known."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lhopt_fused.kernels.triton_apply import load_direction, round_to, update_direction
+from lhopt_fused.kernels.triton_chunks import (
+    data_pointer,
+    load_chunk,
+    stack4,
+    stack16,
+    tile,
+    where_set,
+)
+from lhopt_fused.kernels.triton_tables import (
+    ADDRESS_COLUMNS,
+    C_ACTIVE,
+    C_BETA1,
+    C_BETA2,
+    C_CLIP,
+    C_DECAY,
+    C_DEFERRED,
+    C_OMBETA1,
+    C_OMBETA2,
+    C_STEP_SIZE,
+    COEFFICIENT_COLUMNS,
+)
+
+__all__ = ["moments_kernel"]
+
+
+@triton.jit
+def next_moments(g, m, v, beta1, ombeta1, beta2, ombeta2, ROOT_DENOMINATOR: tl.constexpr):
+    """``(m, v)`` after the step."""
+    new_m = beta1 * m + ombeta1 * g
+    if ROOT_DENOMINATOR:
+        return new_m, beta2 * v + ombeta2 * (g * g)
+    return new_m, tl.maximum(beta2 * v, tl.abs(g))
+
+
+@triton.jit
+def exchange_signs(signs_ptr, offset, length, g, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Keep one bit ``g < 0`` per element, a byte per row; returns whether it is as it was."""
+    tl.static_assert(VECTOR == 8)
+    rows = tl.arange(0, ROWS)
+    byte_ptr = signs_ptr + offset // VECTOR + rows
+    inside = offset + rows * VECTOR < length
+    bits = tl.arange(0, VECTOR)[None, :]
+    before = tl.load(byte_ptr, mask=inside, other=0).to(tl.int32)
+    is_negative = (g < 0.0).to(tl.int32)
+    after = tl.sum(is_negative << bits, axis=1)
+    tl.store(byte_ptr, after.to(tl.uint8), mask=inside)
+    return ((before[:, None] >> bits) & 1) == is_negative
+
+
+@triton.jit
+def count(condition):
+    """How many hold along each row, in float32."""
+    return tl.sum(tl.where(condition, 1.0, 0.0), axis=1)
+
+
+@triton.jit
+def all_sums(
+    param_sq,
+    update_sq,
+    new_param_sq,
+    masked,
+    p,
+    g,
+    m,
+    m_hat,
+    u,
+    is_gt_epsilon,
+    taken,
+    same_sign_grad,
+):
+    """``[ROWS, 16]``: every sum along the rows of a tile, with ``m`` from before the step."""
+    noise = m_hat - g
+    return stack16(
+        param_sq,
+        update_sq,
+        new_param_sq,
+        masked,
+        tl.sum(g * g, axis=1),
+        tl.sum(m_hat * m_hat, axis=1),
+        tl.sum(noise * noise, axis=1),
+        tl.sum(g * p, axis=1),
+        tl.sum(g * m_hat, axis=1),
+        tl.sum(g * u, axis=1),
+        count(is_gt_epsilon),
+        tl.sum(tl.where(taken, tl.log(tl.abs(u) + 1e-8), 0.0), axis=1),
+        tl.sum(g * m, axis=1),
+        tl.sum(m * m, axis=1),
+        count(taken & ((g < 0.0) == (m < 0.0))),
+        count(same_sign_grad),
+    )
+
+
+@triton.jit
+def moments_kernel(
+    chunks_ptr,
+    grads_ptr,  # int64 [T]
+    addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
+    coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    partials_ptr,  # float32 [rows, COLUMNS]
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ROOT_DENOMINATOR: tl.constexpr,
+    DECAY_IN_UPDATE: tl.constexpr,
+    MASKS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 0: no sums, 4: what the step needs, 16: all statistics
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """16 bytes an element read; 12 written for float32, or 8 where the update is deferred.
+
+    Chunks go from the last to the first, and in the gradient pass before and the pass that applies
+    deferred updates from the first to the last: each begins with what is still in the cache.
+    """
+    tensor, start, length, row = load_chunk(chunks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
+    row_ptr = coefficients_ptr + tensor * COEFFICIENT_COLUMNS
+    if tl.load(row_ptr + C_ACTIVE) == 0.0:
+        return
+    address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
+    param_ptr = data_pointer(tl.load(address_ptr), start, PARAM_DTYPE, ALIGNED)
+    m_ptr = data_pointer(tl.load(address_ptr + 1), start, tl.float32, ALIGNED)
+    v_ptr = data_pointer(tl.load(address_ptr + 2), start, tl.float32, ALIGNED)
+    grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
+    signs_ptr = (tl.load(address_ptr + 3) + start // 8).to(tl.pointer_type(tl.uint8))
+    applies = 1.0 - tl.load(row_ptr + C_DEFERRED)
+    beta1, ombeta1 = tl.load(row_ptr + C_BETA1), tl.load(row_ptr + C_OMBETA1)
+    beta2, ombeta2 = tl.load(row_ptr + C_BETA2), tl.load(row_ptr + C_OMBETA2)
+    clip = tl.load(row_ptr + C_CLIP)
+    m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
+    step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
+    if COLUMNS > 0:
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for offset in range(0, length, ROWS * VECTOR):
+        indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
+        g = tl.load(grad_ptr + indices, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + indices, mask=inside, other=0.0)
+        v = tl.load(v_ptr + indices, mask=inside, other=1.0)
+        taken = inside
+        if MASKS:
+            taken = inside & (tl.abs(g) < float("inf"))
+            g = tl.where(taken, g, 0.0)
+        g *= clip
+
+        new_m, new_v = next_moments(g, m, v, beta1, ombeta1, beta2, ombeta2, ROOT_DENOMINATOR)
+        u, m_hat, s = update_direction(
+            p, new_m, new_v, m_scale, s_scale, epsilon, weight_decay,
+            ROOT_DENOMINATOR, DECAY_IN_UPDATE,
+        )  # fmt: skip
+        new_p = p * decay - step_size * u
+        if MASKS:
+            new_m, new_v = tl.where(taken, new_m, m), tl.where(taken, new_v, v)
+            new_p = tl.where(taken, new_p, p)
+            # What is left out adds nothing to any sum but |p|^2.
+            u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
+            m = tl.where(taken, m, 0.0)
+        rounded = round_to(new_p, PARAM_DTYPE)
+        tl.store(m_ptr + indices, new_m, mask=inside)
+        tl.store(v_ptr + indices, new_v, mask=inside)
+        tl.store(param_ptr + indices, rounded, mask=where_set(inside, applies))
+
+        same_sign_grad = taken
+        if SIGNS:
+            same_sign_grad = taken & exchange_signs(signs_ptr, offset, length, g, ROWS, VECTOR)
+        if COLUMNS > 0:
+            kept = rounded.to(tl.float32)
+            param_sq, update_sq = tl.sum(p * p, axis=1), tl.sum(u * u, axis=1)
+            new_param_sq, masked = tl.sum(kept * kept, axis=1), tl.zeros([ROWS], tl.float32)
+            if MASKS:
+                masked = count(inside != taken)
+        if COLUMNS == 4:
+            sums += stack4(param_sq, update_sq, new_param_sq, masked)
+        if COLUMNS == 16:
+            sums += all_sums(
+                param_sq, update_sq, new_param_sq, masked,
+                p, g, m, m_hat, u, taken & (s > epsilon), taken, same_sign_grad,
+            )  # fmt: skip
+    if COLUMNS > 0:
+        columns = tl.arange(0, COLUMNS)
+        tl.store(partials_ptr + row * COLUMNS + columns, tl.sum(sums, axis=0))

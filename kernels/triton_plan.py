@@ -1,0 +1,354 @@
+"""Which launches make a step: buckets of tensors, their chunk tables, buffers and bound kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from lhopt_fused.kernels import triton_tables as tables
+from lhopt_fused.kernels.triton_apply import apply_kernel, param_norm_kernel
+from lhopt_fused.kernels.triton_chunks import ChunkRows, chunk_rows, chunk_size
+from lhopt_fused.kernels.triton_finalize import finalize_kernel
+from lhopt_fused.kernels.triton_grad_norm import grad_norm_kernel, grad_sums_kernel
+from lhopt_fused.kernels.triton_launch import Launch
+from lhopt_fused.kernels.triton_moments import moments_kernel
+from lhopt_fused.kernels.triton_prepare import prepare_kernel
+from lhopt_fused.types import Clip, Denominator, StepLayout, Trust, WeightDecay
+
+__all__ = ["DTYPES", "DeviceTables", "StepPlan", "uses_trust"]
+
+DTYPES: Final = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+NUM_WARPS: Final = 4
+_THREADS: Final = 32 * NUM_WARPS
+
+# Elements per thread and tile: enough loads in flight, few enough registers for many programs.
+_GRAD_ELEMENTS: Final = 16
+_STEP_ELEMENTS: Final = 8
+_MEASURED_ELEMENTS: Final = 4  # sixteen sums need registers too
+_GROUP_BLOCKS: Final = (16, 256)  # tensors of a group at a time in the preparing kernel
+_SUM_ROWS: Final = (16, 512)  # rows of partial sums at a time, for few and for many chunks
+
+
+def uses_trust(layout: StepLayout, tensor: int) -> bool:
+    """Whether the step of a tensor is scaled by a trust ratio."""
+    options = layout.options[layout.group_of[tensor]]
+    ignored = options.trust_ignores_vectors and layout.is_vector[tensor]
+    return options.trust is not Trust.NONE and not ignored
+
+
+def _traits(layout: StepLayout, tensor: int) -> int:
+    options = layout.options[layout.group_of[tensor]]
+    bits = (
+        (tables.USES_TRUST, uses_trust(layout, tensor)),
+        (tables.DELAYS_TRUST, options.trust is Trust.DELAYED),
+        (tables.AVERAGES_UPDATE_NORM, options.trust_norm_ema),
+        (tables.WARMS_UP, options.radam_warmup),
+        (tables.ROOT_DENOMINATOR, options.denominator is Denominator.RMS),
+        (tables.DECOUPLED_DECAY, options.weight_decay is WeightDecay.DECOUPLED),
+        (tables.MAXIMIZES, options.maximize),
+        (tables.KEEPS_SIGNS, layout.grad_signs is not None),
+    )
+    return sum(bit.value for bit, is_set in bits if is_set)
+
+
+class DeviceTables:
+    """The small tables of a layout on its device: what is fixed, and what a step hands on."""
+
+    def __init__(self, layout: StepLayout) -> None:
+        device, count = layout.device, len(layout.params)
+        groups = range(len(layout.options))
+
+        def integers(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device)
+
+        signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * count
+        state = zip(layout.params, layout.exp_avgs, layout.exp_avg_sqs, signs, strict=True)
+        self.addresses = integers(
+            [[x.data_ptr() if x is not None else 0 for x in row] for row in state], torch.int64
+        )
+        self.numel = integers([p.numel() for p in layout.params], torch.int64)
+        self.traits = integers([_traits(layout, tensor) for tensor in range(count)])
+        self.group_of = integers(layout.group_of)
+        members = sorted(range(count), key=lambda tensor: layout.group_of[tensor])
+        sizes = np.bincount(np.array(layout.group_of, dtype=np.int64), minlength=len(groups))
+        self.members = integers(members)
+        self.first_member = integers([0, *np.cumsum(sizes).tolist()])
+        self.clip_modes = integers([options.clip.value for options in layout.options])
+
+        self.grads = torch.zeros(count, dtype=torch.int64, device=device)
+        self.work = torch.zeros(count, tables.WORK_COLUMNS.value, dtype=torch.float64).to(device)
+        self.coefficients = torch.zeros(count, tables.COEFFICIENT_COLUMNS.value).to(device)
+        self.seen = torch.zeros(1, dtype=torch.int32, device=device)
+        shape = count, tables.STATISTICS_COLUMNS.value
+        self.unused_statistics = torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+class _Bucket(NamedTuple):
+    """What selects the code of the passes over elements."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    root_denominator: bool
+    decay_in_update: bool
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "PARAM_DTYPE": DTYPES[self.param],
+            "GRAD_DTYPE": DTYPES[self.grad],
+            "ROOT_DENOMINATOR": self.root_denominator,
+            "DECAY_IN_UPDATE": self.decay_in_update,
+        }
+
+
+def _tile(vector: int, elements: int, is_aligned: bool, keeps_signs: bool) -> dict[str, Any]:
+    """The tile of a pass: about ``elements`` per thread, as far as registers suffice."""
+    if keeps_signs:  # bytes of signs and vectors of floats do not share a layout
+        elements = min(elements, 4)
+    elif is_aligned:  # a thread owns whole rows
+        elements = max(elements, vector)
+    if not is_aligned:
+        elements, vector = max(2, elements // 4), 8 if keeps_signs else 1
+    return {"ALIGNED": is_aligned, "ROWS": _THREADS * elements // vector, "VECTOR": vector}
+
+
+def _sums(chunks: ChunkRows) -> tuple[dict[str, Any], int]:
+    """Constants and warps of a kernel that adds up the rows of one tensor per program."""
+    most = int(np.diff(chunks.first_row).max(initial=0))
+    few, many = _SUM_ROWS
+    return ({"ROWS": few}, NUM_WARPS) if most <= few else ({"ROWS": many}, 2 * NUM_WARPS)
+
+
+class Signature(NamedTuple):
+    """What about the gradients selects code: a plan serves all steps with equal signatures."""
+
+    grad_dtypes: tuple[torch.dtype, ...]  # [T]
+    is_aligned: tuple[bool, ...]  # [T] every pointer of the tensor is a multiple of 16 bytes
+
+
+class StepPlan:
+    """The launches of a step, in order, for gradients of one signature.
+
+    Attributes:
+        before: launches up to the moments, by whether statistics are taken.
+        finalize: sums, trust ratios and statistics, likewise; called with the statistics table.
+        after: launches that apply deferred updates.
+    """
+
+    def __init__(self, layout: StepLayout, device: DeviceTables, signature: Signature) -> None:
+        self.signature = signature
+        self._layout, self._tables = layout, device
+        self._tensors = range(len(layout.params))
+        self._vectors = [self._vector(tensor) for tensor in self._tensors]
+        self._size = chunk_size(sum(p.numel() for p in layout.params))
+        self._chunks = self._cut(self._tensors)
+        rows = max(1, self._chunks.rows)
+        self._partials = torch.zeros(rows, 16, dtype=torch.float32, device=layout.device)
+        self._buckets = self._group_tensors()
+
+        norms = [*self._norm_launches(), self._prepare_launch()]
+        self.before = {
+            measured: [*norms, *self._moments_launches(measured)] for measured in (False, True)
+        }
+        self.finalize = {measured: self._finalize_launch(measured) for measured in (False, True)}
+        self.after = self._apply_launches()
+
+    def _vector(self, tensor: int) -> int:
+        """Elements of the widest access: 16 bytes of the narrowest type, or a byte of signs."""
+        dtypes = {self._layout.params[tensor].dtype, self.signature.grad_dtypes[tensor]}
+        is_wide = dtypes == {torch.float32} and self._layout.grad_signs is None
+        return 4 if is_wide else 8
+
+    def _cut(self, include: Sequence[int]) -> ChunkRows:
+        numels = [p.numel() for p in self._layout.params]
+        return chunk_rows(numels, self._vectors, self.signature.is_aligned, include, self._size)
+
+    def _group_tensors(self) -> dict[_Bucket, list[int]]:
+        buckets: dict[_Bucket, list[int]] = {}
+        for tensor in self._tensors:
+            options = self._layout.options[self._layout.group_of[tensor]]
+            bucket = _Bucket(
+                self._layout.params[tensor].dtype,
+                self.signature.grad_dtypes[tensor],
+                options.denominator is Denominator.RMS,
+                options.weight_decay is WeightDecay.IN_UPDATE,
+            )
+            buckets.setdefault(bucket, []).append(tensor)
+        return buckets
+
+    def _chunk_launches(
+        self,
+        kernel: Any,
+        chunks: ChunkRows,
+        tensors: Sequence[int],
+        args: tuple[Any, ...],
+        constants: dict[str, Any],
+        elements: int,
+    ) -> list[Launch]:
+        """One launch for whole vectors and one for the rest, where there are such chunks."""
+        launches = []
+        for vector in sorted({self._vectors[tensor] for tensor in tensors}):
+            for is_aligned, table in ((True, chunks.aligned), (False, chunks.ragged)):
+                found = [table[t] for t in tensors if t in table and self._vectors[t] == vector]
+                if found:
+                    rows = torch.from_numpy(np.concatenate(found)).to(self._layout.device)
+                    keeps_signs = self._layout.grad_signs is not None
+                    tile = _tile(vector, elements, is_aligned, keeps_signs)
+                    launches.append(
+                        Launch(
+                            kernel,
+                            len(rows),
+                            (rows, *args),
+                            {**constants, **tile},
+                            num_warps=NUM_WARPS,
+                        )
+                    )
+        return launches
+
+    def _norm_launches(self) -> list[Launch]:
+        """The gradient pass: all tensors where a step may be skipped, else those that are clipped.
+
+        Groups that neither clip nor skip cost nothing here.
+        """
+        layout = self._layout
+        include = [
+            tensor
+            for tensor in self._tensors
+            if not layout.masks_nonfinite
+            or layout.options[layout.group_of[tensor]].clip is not Clip.NONE
+        ]
+        if not include:
+            return []
+        chunks = self._cut(include)
+        partials = torch.zeros(max(1, chunks.rows), tables.GRAD_COLUMNS.value).to(layout.device)
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for tensor in include:
+            by_dtype.setdefault(self.signature.grad_dtypes[tensor], []).append(tensor)
+        launches = []
+        for dtype, tensors in by_dtype.items():
+            launches += self._chunk_launches(
+                grad_norm_kernel,
+                chunks,
+                tensors,
+                (self._tables.grads, partials),
+                {"GRAD_DTYPE": DTYPES[dtype]},
+                _GRAD_ELEMENTS,
+            )
+        first_row = torch.from_numpy(chunks.first_row).to(layout.device)
+        args = first_row, self._tables.grads, partials, self._tables.work
+        constants, warps = _sums(chunks)
+        total = Launch(grad_sums_kernel, len(self._tensors), args, constants, num_warps=warps)
+        return [*launches, total]
+
+    def _prepare_launch(self) -> Launch:
+        layout, device = self._layout, self._tables
+        args = (
+            device.first_member,
+            device.members,
+            device.grads,
+            device.traits,
+            device.clip_modes,
+            layout.scalars,
+            layout.group_state,
+            layout.tensor_state,
+            device.work,
+            device.coefficients,
+            layout.skipped_steps,
+            device.seen,
+            len(self._tensors),
+        )
+        constants = {
+            "SKIPS": not layout.masks_nonfinite,
+            "CLIPS": any(options.clip is not Clip.NONE for options in layout.options),
+            "BLOCK": _GROUP_BLOCKS[len(self._tensors) > _GROUP_BLOCKS[0]],
+        }
+        return Launch(prepare_kernel, len(layout.options), args, constants)
+
+    def _needs_sums(self, tensors: Sequence[int]) -> bool:
+        """Whether a step without statistics needs sums all the same."""
+        return self._layout.masks_nonfinite or any(uses_trust(self._layout, t) for t in tensors)
+
+    def _moments_launches(self, measured: bool) -> list[Launch]:
+        layout, device = self._layout, self._tables
+        launches = []
+        for bucket, tensors in self._buckets.items():
+            constants = {
+                **bucket.constants(),
+                "MASKS": layout.masks_nonfinite,
+                "SIGNS": layout.grad_signs is not None,
+                "COLUMNS": 16 if measured else 4 if self._needs_sums(tensors) else 0,
+            }
+            args = device.grads, device.addresses, device.coefficients, self._partials
+            launches += self._chunk_launches(
+                moments_kernel,
+                self._chunks,
+                tensors,
+                args,
+                constants,
+                _MEASURED_ELEMENTS if measured else _STEP_ELEMENTS,
+            )
+        return launches
+
+    def _finalize_launch(self, measured: bool) -> Launch | None:
+        layout, device = self._layout, self._tables
+        if not measured and not self._needs_sums(self._tensors):
+            return None
+        args = (
+            torch.from_numpy(self._chunks.first_row).to(layout.device),
+            device.group_of,
+            device.traits,
+            layout.scalars,
+            layout.tensor_state,
+            device.work,
+            device.coefficients,
+            self._partials,
+            layout.skipped_steps,
+            device.seen,
+        )
+        rows, warps = _sums(self._chunks)
+        constants = {
+            "SKIPS": not layout.masks_nonfinite,
+            "COLUMNS": 16 if measured else 4,
+            **rows,
+        }
+        return Launch(
+            finalize_kernel,
+            len(self._tensors),
+            args,
+            constants,
+            example=(device.unused_statistics,),
+            num_warps=warps,
+        )
+
+    def _apply_launches(self) -> list[Launch]:
+        """The pass over tensors whose trust ratio may need their whole update first."""
+        layout, device = self._layout, self._tables
+        delays = any(options.trust is Trust.DELAYED for options in layout.options)
+        launches = []
+        for bucket, members in self._buckets.items():
+            tensors = [tensor for tensor in members if uses_trust(layout, tensor)]
+            constants = {
+                **bucket.constants(),
+                "MASKS": layout.masks_nonfinite,
+                "DELAYED": delays,
+            }
+            args = device.grads, device.addresses, device.coefficients, self._partials
+            launches += self._chunk_launches(
+                apply_kernel, self._chunks, tensors, args, constants, _STEP_ELEMENTS
+            )
+        if delays:
+            first_row = torch.from_numpy(self._chunks.first_row).to(layout.device)
+            inputs = first_row, device.traits, self._partials, device.work, layout.tensor_state
+            rows, warps = _sums(self._chunks)
+            launches.append(
+                Launch(param_norm_kernel, len(self._tensors), inputs, rows, num_warps=warps)
+            )
+        return launches

@@ -1,0 +1,100 @@
+"""The extension built from csrc/."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_GRADIENT: int
+NUM_POLICY_FEATURES: int
+TABLE_COLUMNS: tuple[int, ...]
+
+def available_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def counter_uniform(seed: int, step: int, head: int) -> float: ...
+
+@final
+class GroupOptions:
+    def __init__(
+        self,
+        *,
+        denominator: int,
+        weight_decay: int,
+        clip: int,
+        trust: int,
+        trust_ignores_vectors: bool,
+        trust_norm_ema: bool,
+        radam_warmup: bool,
+        maximize: bool,
+    ) -> None: ...
+
+@final
+class TensorSpec:
+    def __init__(
+        self,
+        *,
+        param: int,
+        dtype: int,
+        size: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        grad_signs: int | None,
+        group: int,
+        is_vector: bool,
+    ) -> None: ...
+
+@final
+class Step:
+    def __init__(
+        self,
+        *,
+        tensors: Sequence[TensorSpec],
+        groups: Sequence[GroupOptions],
+        scalars: int,
+        group_state: int,
+        tensor_state: int,
+        skipped_steps: int,
+        masks_nonfinite: bool,
+    ) -> None: ...
+    def run(
+        self, grads: Sequence[int], dtypes: Sequence[int], statistics: int, num_threads: int
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+
+@final
+class PolicyRunner:
+    def __init__(
+        self,
+        *,
+        weights: Mapping[str, NDArray[np.float32]],
+        actions: Sequence[tuple[bool, Sequence[float], float, float]],
+        registers: bool,
+        mode: Literal["mean", "sample", "argmax"],
+        seed: int,
+    ) -> None: ...
+    def decide(
+        self,
+        inner: Sequence[float],
+        train_loss: float,
+        eval_loss: float | None,
+        progress: float,
+        outer_steps: int,
+        path_length: float,
+        param_norm: float,
+        hyperparameters: Sequence[float],
+        start_hyperparameters: Sequence[float],
+        register_losses: Sequence[float],
+        register_progress: Sequence[float],
+    ) -> tuple[
+        NDArray[np.float64],
+        NDArray[np.float64],
+        int,
+        NDArray[np.float32],
+        NDArray[np.float64],
+    ]: ...
+    def get_state(self) -> NDArray[np.float64]: ...
+    def set_state(self, state: NDArray[np.float64]) -> None: ...
+    @property
+    def isa(self) -> str: ...

@@ -1,0 +1,521 @@
+"""The Triton kernels against the reference: on a GPU, or on the CPU in Triton's interpreter.
+
+``TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py`` runs the latter, ``-m gpu`` the former.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from tolerances import Tolerance, assert_close
+
+from lhopt_fused.features import ACCUMULATED, mean_features, step_norms, tensor_features
+from lhopt_fused.kernels import get_backend
+from lhopt_fused.types import (
+    GROUP_STATE,
+    SCALARS,
+    STATISTICS,
+    TENSOR_STATE,
+    Clip,
+    Denominator,
+    StepLayout,
+    StepOptions,
+    Trust,
+    WeightDecay,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip(
+        "needs a CUDA device, or TRITON_INTERPRET=1 (its own job: ./dev interpret)",
+        allow_module_level=True,
+    )
+pytest.importorskip("triton")
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+HYPERPARAMETERS = {
+    "lr": 1e-2,
+    "ombeta1": 0.1,
+    "ombeta2": 0.02,
+    "epsilon": 1e-3,
+    "weight_decay": 0.1,
+    "group_clip_grad_norm": 0.8,
+    "grad_clip_ombeta": 0.05,
+    "lamb_update_norm_ombeta": 0.2,
+    "group_clip_grad_z_score": 0.5,
+    "lamb_power": 0.7,
+    "lamb_min_trust": 1e-3,
+    "lamb_max_trust": 3.0,
+}
+OPTIONS = {
+    "adamw": StepOptions(),
+    "adamw_warmup_maximize": StepOptions(clip=Clip.NORM, radam_warmup=True, maximize=True),
+    "lhopt": StepOptions(
+        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True, True
+    ),
+    "lhopt_delayed": StepOptions(
+        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.DELAYED, True, True
+    ),
+    "z_score_decay_in_update": StepOptions(
+        Denominator.RMS, WeightDecay.IN_UPDATE, Clip.Z_SCORE, trust=Trust.DELAYED
+    ),
+    "max_decoupled_lamb": StepOptions(Denominator.MAX, trust=Trust.EXACT, trust_norm_ema=True),
+}
+SHAPES: tuple[tuple[int, ...], ...] = ((33, 9), (7,), (0, 3), ())
+
+
+@pytest.fixture(autouse=True)
+def quiet_interpreter() -> Iterator[None]:
+    """numpy, which plays the GPU here, would warn of what a GPU does in silence."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def make_layout(
+    options: StepOptions | Sequence[StepOptions],
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    *,
+    group_of: Sequence[int] | None = None,
+    signs: bool = False,
+    masks: bool = False,
+    **changes: float,
+) -> StepLayout:
+    """A layout on the CPU with reproducible parameters and all state zero."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [options] if isinstance(options, StepOptions) else list(options)
+    params = [torch.randn(s, generator=generator).mul(0.5).to(dtype) for s in shapes]
+    row = [{**HYPERPARAMETERS, **changes}[name] for name in SCALARS]
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return StepLayout(
+        params=params,
+        exp_avgs=[torch.zeros_like(p, dtype=torch.float32) for p in params],
+        exp_avg_sqs=[torch.zeros_like(p, dtype=torch.float32) for p in params],
+        grad_signs=[zeros(-(-p.numel() // 8), dtype=torch.uint8) for p in params]
+        if signs
+        else None,
+        group_of=list(group_of) if group_of else [0] * len(params),
+        is_vector=[p.dim() <= 1 for p in params],
+        options=groups,
+        scalars=torch.tensor([row] * len(groups), dtype=torch.float64),
+        group_state=zeros(len(groups), len(GROUP_STATE)),
+        tensor_state=zeros(len(params), len(TENSOR_STATE)),
+        skipped_steps=zeros(1, dtype=torch.int64),
+        masks_nonfinite=masks,
+    )
+
+
+def make_grads(
+    params: Sequence[torch.Tensor], step: int, dtype: torch.dtype | None = None
+) -> list[torch.Tensor | None]:
+    """Gradients with zeros; a spike in step 2, one missing in step 3."""
+    grads: list[torch.Tensor | None] = []
+    for index, param in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        grad = torch.randn(param.shape, generator=generator)
+        grad *= (torch.rand(param.shape, generator=generator) > 0.1) * (30.0 if step == 2 else 1.0)
+        missing = step == 3 and index == 1
+        grads.append(None if missing else grad.to(dtype or param.dtype))
+    return grads
+
+
+def to_device(value: Any) -> Any:
+    """A copy of a layout, tensor or list on the device under test."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE, copy=True)
+    if isinstance(value, list):
+        return [to_device(entry) for entry in value]
+    if isinstance(value, StepLayout):
+        return replace(value, **{name: to_device(entry) for name, entry in vars(value).items()})
+    return value
+
+
+@dataclass
+class Run:
+    """What a trajectory left behind, on the CPU."""
+
+    layout: StepLayout
+    statistics: list[torch.Tensor]
+    params: list[list[torch.Tensor]]
+
+
+MakeGrads = Callable[[int], list[torch.Tensor | None]]
+
+
+def run(layout: StepLayout, backend: str, grads: MakeGrads, steps: int) -> Run:
+    """``steps`` steps on a copy of ``layout``, with statistics except in every third."""
+    on = to_device if backend == "triton" else copy.deepcopy
+    layout = on(layout)
+    stepper = get_backend(backend, layout)
+    trajectory, statistics = [], []
+    for step in range(steps):
+        table = torch.full_like(layout.tensor_state[:, :1], torch.nan).repeat(1, len(STATISTICS))
+        stepper.step(on(grads(step)), None if step % 3 == 1 else table)
+        statistics.append(table.cpu())
+        trajectory.append([p.detach().to("cpu", copy=True) for p in layout.params])
+    cpu = {name: _cpu(value) for name, value in vars(layout).items()}
+    return Run(replace(layout, **cpu), statistics, trajectory)
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    return [_cpu(entry) for entry in value] if isinstance(value, list) else value
+
+
+def statistics_scale(expected: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``[T, len(STATISTICS)]``: the largest magnitude that each sum could have."""
+    column = {name: expected[:, i] for i, name in enumerate(STATISTICS)}
+    norm = {name: column[f"{name}_sq"].sqrt() for name in ("grad", "param", "update", "m_hat")}
+    numel = torch.tensor([float(p.numel()) for p in params])
+    scale = expected.abs().nan_to_num()
+    for name, bound in {
+        "grad_dot_param": norm["grad"] * norm["param"],
+        "grad_dot_m_hat": norm["grad"] * norm["m_hat"],
+        "grad_dot_update": norm["grad"] * norm["update"],
+        "grad_dot_momentum": norm["grad"] * column["momentum_sq"].sqrt(),
+        "m_hat_minus_grad_sq": column["grad_sq"] + column["m_hat_sq"],
+        "sum_log_abs_update": 20 * numel,  # |log 1e-8| and a little
+    }.items():
+        scale[:, STATISTICS.index(name)] = bound.nan_to_num()
+    return scale
+
+
+def assert_same_run(value: Run, expected: Run, dtype: torch.dtype = torch.float32) -> None:
+    """Parameters, moments, state and statistics of two runs, element by element."""
+    trajectory, sums = tolerances.TRAJECTORY[dtype], tolerances.STATISTICS[dtype]
+    for got, wanted in zip(value.params, expected.params, strict=True):
+        for p, q in zip(got, wanted, strict=True):
+            assert_close(p, q, trajectory, q.double().abs().max() if q.numel() else 0.0)
+    for kind in ("exp_avgs", "exp_avg_sqs"):
+        for x, y in zip(getattr(value.layout, kind), getattr(expected.layout, kind), strict=True):
+            assert_close(x, y, tolerances.TRAJECTORY[torch.float32], max(1.0, _largest(y)))
+    remembered = slice(0, -1)  # param_norm is kept only where trust is delayed
+    x, y = value.layout.tensor_state, expected.layout.tensor_state
+    assert_close(x[:, remembered], y[:, remembered], trajectory, y[:, remembered].abs())
+    x, y = value.layout.group_state, expected.layout.group_state
+    assert_close(x, y, sums, y.abs().clamp_min(1e-3))
+    assert torch.equal(value.layout.skipped_steps, expected.layout.skipped_steps)
+    for got, wanted in zip(value.statistics, expected.statistics, strict=True):
+        loose = Tolerance(max(sums.relative, trajectory.relative))
+        assert_close(got, wanted, loose, statistics_scale(wanted, expected.layout.params))
+    signs = value.layout.grad_signs or [], expected.layout.grad_signs or []
+    for got, wanted in zip(*signs, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def assert_wrong_run_fails(value: Run, layout: StepLayout, grads: MakeGrads, steps: int) -> None:
+    """The same comparison refuses an optimizer whose ``ombeta2`` is off by a tenth of a percent."""
+    wrong = copy.deepcopy(layout)
+    wrong.scalars[:, SCALARS.index("ombeta2")] *= 1.001
+    with pytest.raises(AssertionError):
+        assert_same_run(value, run(wrong, "reference", grads, steps))
+
+
+@pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trajectory_is_the_reference(name: str, signs: bool) -> None:
+    layout = make_layout(OPTIONS[name], signs=signs)
+    grads = lambda step: make_grads(layout.params, step)  # noqa: E731
+    value = run(layout, "triton", grads, 5)
+    assert_same_run(value, run(layout, "reference", grads, 5))
+    assert_wrong_run_fails(value, layout, grads, 5)
+    if OPTIONS[name].trust is Trust.DELAYED:
+        norms = torch.stack([p.double().norm() for p in value.params[-1]])
+        uses = norms.clone()
+        uses[[OPTIONS[name].trust_ignores_vectors and v for v in layout.is_vector]] = 0.0
+        column = value.layout.tensor_state[:, TENSOR_STATE.index("param_norm")]
+        assert_close(column, uses, tolerances.STATISTICS[torch.float32], norms)
+
+
+@pytest.mark.parametrize(
+    ("param", "grad"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dtypes(param: torch.dtype, grad: torch.dtype) -> None:
+    layout = make_layout(OPTIONS["lhopt_delayed"], ((33, 8), (7,)), param)
+    grads = lambda step: make_grads(layout.params, step, grad)  # noqa: E731
+    value = run(layout, "triton", grads, 4)
+    assert_same_run(value, run(layout, "reference", grads, 4), param)
+    assert_wrong_run_fails(value, layout, grads, 4)
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    """A step of exactly half a unit in the last place goes to the even neighbour, up and down."""
+    ulp = 2.0**-7
+    start = torch.tensor([1.0, 1.0 + ulp, 1.0 + 2 * ulp, -1.0 - ulp, 2.0 - ulp])
+    options = StepOptions(Denominator.MAX)  # without a square root that a GPU approximates
+    layout = make_layout(
+        options, ((5,),), torch.bfloat16, lr=0.5 * ulp, weight_decay=0.0, epsilon=0.0
+    )
+    layout.params[0].copy_(start)
+    sign = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])
+    layout = to_device(layout)
+    get_backend("triton", layout).step([sign.to(DEVICE)])  # u is the sign on the first step
+    expected = (start - 0.5 * ulp * sign).bfloat16()
+    assert torch.equal(layout.params[0].cpu(), expected)
+    assert not torch.equal(expected, (start - 0.6 * ulp * sign).bfloat16())
+
+
+@pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])
+def test_sizes(signs: bool) -> None:
+    """Around vectors, tiles and chunks: whole ones, one element more, one less, none at all."""
+    sizes = (0, 1, 3, 4, 7, 8, 1000, 1024, 1025, 4095, 4097, 9000)
+    layout = make_layout(OPTIONS["lhopt"], tuple((n, 1) for n in sizes), signs=signs)
+    grads = lambda step: make_grads(layout.params, step)  # noqa: E731
+    value = run(layout, "triton", grads, 2)
+    assert_same_run(value, run(layout, "reference", grads, 2))
+    assert_wrong_run_fails(value, layout, grads, 2)
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose first element lies one element after a 16-byte boundary."""
+    base = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return base[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("what", ["params", "exp_avgs", "exp_avg_sqs", "grads"])
+def test_misaligned_views(what: str) -> None:
+    options, shapes = OPTIONS["max_decoupled_lamb"], ((33, 9), (7,))
+    plain = make_layout(options, shapes)
+    layout = to_device(plain)
+    if what != "grads":
+        getattr(layout, what)[0] = misaligned(getattr(layout, what)[0])
+    backend = get_backend("triton", layout)
+    for step in range(2):
+        grads = to_device(make_grads(plain.params, step))
+        if what == "grads" and step == 1:  # what the backend expects changes on the way
+            grads[0] = misaligned(grads[0])
+        backend.step(grads)
+    expected = run(plain, "reference", lambda step: make_grads(plain.params, step), 2)
+    for p, q in zip(layout.params, expected.layout.params, strict=True):
+        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], _largest(q))
+
+
+def test_groups_differ_in_options_scalars_and_gradients() -> None:
+    """Three groups over interleaved tensors; one of them without a gradient in step 1."""
+    options = [OPTIONS["lhopt"], OPTIONS["adamw_warmup_maximize"], OPTIONS["lhopt"]]
+    layout = make_layout(options, ((5, 4), (6,), (3, 3), (9, 2)), group_of=(0, 1, 2, 0))
+    layout.scalars[2, SCALARS.index("lr")] = 3e-2
+
+    def grads(step: int) -> list[torch.Tensor | None]:
+        made = make_grads(layout.params, step)
+        return [None if step == 1 and i == 2 else g for i, g in enumerate(made)]
+
+    value = run(layout, "triton", grads, 4)
+    assert_same_run(value, run(layout, "reference", grads, 4))
+    assert_wrong_run_fails(value, layout, grads, 4)
+
+
+def spoiled(layout: StepLayout, bad: float, at: int = 2) -> MakeGrads:
+    """Gradients with ``bad`` in two elements of tensor 0 in step ``at``."""
+
+    def grads(step: int) -> list[torch.Tensor | None]:
+        made = make_grads(layout.params, step)
+        if step == at and made[0] is not None:
+            made[0].view(-1)[[3, -1]] = bad
+        return made
+
+    return grads
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["adamw", "lhopt"])
+def test_nonfinite_skips_the_step(name: str, bad: float) -> None:
+    layout = make_layout(OPTIONS[name], ((33, 3), (7,)))
+    value = run(layout, "triton", spoiled(layout, bad), 4)
+    assert_same_run(value, run(layout, "reference", spoiled(layout, bad), 4))
+    assert value.layout.skipped_steps.item() == 1
+    marks = value.statistics[2][:, STATISTICS.index("grad_nonfinite")]
+    assert marks.tolist() == [1.0, 0.0]
+    assert torch.equal(value.params[2][0], value.params[1][0])
+
+
+@pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nonfinite_elements_are_masked(name: str, signs: bool) -> None:
+    layout = make_layout(OPTIONS[name], ((33, 3), (7,)), signs=signs, masks=True)
+    grads = spoiled(layout, float("inf"))
+    value = run(layout, "triton", grads, 4)
+    assert_same_run(value, run(layout, "reference", grads, 4))
+    assert value.layout.skipped_steps.item() == 1
+    assert torch.equal(value.params[2][0].view(-1)[[3, -1]], value.params[1][0].view(-1)[[3, -1]])
+    assert_wrong_run_fails(value, layout, spoiled(layout, 0.0), 4)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_squares_outside_float32_are_finite(scale: float) -> None:
+    """Gradients whose squares overflow or vanish are clipped like any other."""
+    layout = make_layout(StepOptions(Denominator.MAX, clip=Clip.NORM), ((5, 5), (7,)))
+    layout.scalars[:, SCALARS.index("group_clip_grad_norm")] = 0.5 * scale
+
+    def grads(step: int) -> list[torch.Tensor | None]:
+        return [g if g is None else g * scale for g in make_grads(layout.params, step)]
+
+    value, expected = run(layout, "triton", grads, 2), run(layout, "reference", grads, 2)
+    assert value.layout.skipped_steps.item() == 0
+    column = STATISTICS.index("clip_coefficient")
+    got, wanted = value.statistics[0][:, column], expected.statistics[0][:, column]
+    assert_close(got, wanted, tolerances.STATISTICS[torch.float32], wanted)
+    for p, q in zip(value.params[-1], expected.params[-1], strict=True):
+        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], _largest(q))
+
+
+def test_statistics_do_not_change_the_step() -> None:
+    """Bit for bit: the kernels with and without statistics compute the same expressions."""
+    layout = make_layout(OPTIONS["lhopt"])
+    runs = []
+    for measured in (False, True):
+        mine = to_device(layout)
+        backend = get_backend("triton", mine)
+        table = torch.zeros(len(SHAPES), len(STATISTICS), dtype=torch.float64, device=DEVICE)
+        for step in range(2):
+            backend.step(to_device(make_grads(layout.params, step)), table if measured else None)
+        runs.append(mine)
+    for p, q in zip(runs[0].params, runs[1].params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_two_runs_are_bit_identical() -> None:
+    layout = make_layout(OPTIONS["lhopt"], ((70, 80), (7,)), signs=True)
+    grads = lambda step: make_grads(layout.params, step)  # noqa: E731
+    first, second = (run(layout, "triton", grads, 3) for _ in range(2))
+    for x, y in zip(first.statistics, second.statistics, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+    for x, y in zip(first.params[-1], second.params[-1], strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(first.layout.tensor_state, second.layout.tensor_state)
+    other = run(layout, "triton", lambda step: make_grads(layout.params, step + 1), 3)
+    assert not torch.equal(other.layout.tensor_state, first.layout.tensor_state)
+
+
+def test_features_are_accumulated_on_the_device() -> None:
+    """The same as ``features.py`` makes of the same statistics, over steps with gaps."""
+    options = [OPTIONS["lhopt"], OPTIONS["adamw"]]
+    layout = to_device(make_layout(options, ((33, 9), (7,), (0, 3), (5, 5)), group_of=(0, 1, 0, 0)))
+    backend = get_backend("triton", layout)
+    sums = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64, device=DEVICE)
+    expected = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64)
+    numel = torch.tensor([float(p.numel()) for p in layout.params], dtype=torch.float64)
+    group_of = torch.tensor(layout.group_of)
+    clips = torch.tensor([layout.options[g].clip is not Clip.NONE for g in layout.group_of])
+    table = torch.zeros(4, len(STATISTICS), dtype=torch.float64, device=DEVICE)
+    for step in range(5):
+        grads = [None if step == 4 else g for g in make_grads(layout.params, step)]
+        backend.step(to_device(grads), table)
+        backend.accumulate_features(table, sums)
+        features = tensor_features(table.cpu(), numel, clips)
+        means = torch.cat([mean_features(features, group_of, 2), step_norms(table.cpu())])
+        expected[0] += means.nan_to_num(nan=0.0)
+        expected[1] += ~means.isnan()
+    assert torch.equal(sums[1].cpu(), expected[1])
+    assert expected[1].tolist()[:2] == [4.0, 4.0]
+    # Phi takes erf here, not erfc: 1e-16 in a probability of 1e-8 is 1e-8 in its logit
+    tolerance = Tolerance(1e-8, 1e-8)
+    assert_close(sums[0], expected[0], tolerance, expected[0].abs())
+    with pytest.raises(AssertionError):
+        assert_close(sums[0], expected[0] * (1 + 1e-6), tolerance, expected[0].abs())
+
+
+def test_large_tensors_have_64_bit_offsets() -> None:
+    from lhopt_fused.kernels.triton_chunks import chunk_rows, chunk_size
+
+    numel = 2**32 + 5
+    size = chunk_size(numel)
+    chunks = chunk_rows([numel], [4], [True], [0], size)
+    starts, lengths = chunks.aligned[0][:, 1], chunks.aligned[0][:, 2]
+    assert starts.dtype == np.int64
+    assert int(starts[-1] + lengths[-1]) == 2**32 + 4
+    assert chunks.ragged[0].tolist() == [[0, 2**32 + 4, 1, len(starts)]]
+    assert np.array_equal(starts[1:], starts[:-1] + lengths[:-1])
+    assert lengths.max() == size <= 2**15
+
+
+def test_bad_input() -> None:
+    layout = to_device(make_layout(StepOptions(), ((4,),)))
+    meta = replace(layout, params=[layout.params[0].to("meta")])
+    with pytest.raises(ValueError, match="got a tensor on meta"):
+        get_backend("triton", meta)
+    double = replace(layout, params=[layout.params[0].double()])
+    with pytest.raises(ValueError, match=r"parameter 0 is torch\.float64"):
+        get_backend("triton", double)
+    backend, before = get_backend("triton", layout), layout.params[0].clone()
+    wrong = torch.ones(4, dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"gradient 0 is torch\.float64"):
+            backend.step([wrong])
+    assert torch.equal(layout.params[0], before)
+    backend.step([torch.ones(4, device=DEVICE)])
+    assert not torch.equal(layout.params[0], before)
+
+
+if not INTERPRETED:
+
+    def test_cuda_graph_replays_with_changed_hyperparameters() -> None:
+        """A captured step equals the uncaptured one bit for bit, also after a change of lr."""
+        plain = make_layout(OPTIONS["lhopt"])
+        eager, captured = to_device(plain), to_device(plain)
+        grads = to_device(make_grads(plain.params, 0))
+        backends = get_backend("triton", eager), get_backend("triton", captured)
+        for backend in backends:
+            backend.step(grads)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            backends[1].step(grads)
+        for step in range(1, 4):
+            for layout in (eager, captured):
+                layout.scalars[:, SCALARS.index("lr")] *= 0.5
+            for grad, new in zip(grads, make_grads(plain.params, step), strict=True):
+                if grad is not None and new is not None:
+                    grad.copy_(new)
+            backends[0].step(grads)
+            graph.replay()
+        for p, q in zip(eager.params, captured.params, strict=True):
+            assert torch.equal(p, q)
+
+    def test_a_step_does_not_synchronise() -> None:
+        layout = to_device(make_layout(OPTIONS["lhopt"]))
+        backend = get_backend("triton", layout)
+        grads = to_device(make_grads(layout.params, 0))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(100):
+                backend.step(grads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_tensor_of_more_than_2_31_elements() -> None:
+        numel = 2**31 + 9
+        if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+            pytest.skip("needs 40 GiB of GPU memory")
+        layout = to_device(make_layout(StepOptions(), ((1,),), torch.bfloat16))
+        layout.params = [torch.ones(numel, dtype=torch.bfloat16, device=DEVICE)]
+        layout.exp_avgs = [torch.zeros(numel, device=DEVICE)]
+        layout.exp_avg_sqs = [torch.zeros(numel, device=DEVICE)]
+        get_backend("triton", layout).step([torch.ones_like(layout.params[0])])
+        values = layout.params[0]
+        assert bool((values == values[0]).all())
+        assert values[0] != 1
