@@ -6,14 +6,25 @@ One definition over leading batch dimensions, in float64: the optimizer and meta
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
-from lhopt_fused.types import EXTRA_FEATURES, INNER_FEATURES, STATISTICS, Clip, StepLayout
+from lhopt_fused.types import (
+    EXTRA_FEATURES,
+    INNER_FEATURES,
+    STATISTICS,
+    STEP_NORMS,
+    Clip,
+    StepLayout,
+)
 
-__all__ = ["FeatureAccumulator", "mean_features", "tensor_features"]
+__all__ = ["ACCUMULATED", "FeatureAccumulator", "mean_features", "step_norms", "tensor_features"]
 
-_FEATURES = (*INNER_FEATURES, *EXTRA_FEATURES)
+_FEATURES: Final = (*INNER_FEATURES, *EXTRA_FEATURES)
+
+ACCUMULATED: Final = (*_FEATURES, *STEP_NORMS)
+"""What a :class:`FeatureAccumulator` takes means of, in the order of its sums."""
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +112,22 @@ def mean_features(features: torch.Tensor, group_of: torch.Tensor, groups: int) -
     return (totals / counts).nanmean(dim=-2)
 
 
+def step_norms(statistics: torch.Tensor) -> torch.Tensor:
+    """Norms over all tensors of each inner step, see :data:`STEP_NORMS`.
+
+    Args:
+        statistics: float64 ``[..., T, len(STATISTICS)]``.
+
+    Returns:
+        float64 ``[..., 2]``, NaN where no tensor took part.
+    """
+    s = dict(zip(STATISTICS, statistics.unbind(-1), strict=True))
+    squares = torch.stack([s["step_size"].square() * s["update_sq"], s["param_sq"]], dim=-1)
+    taken = (s["taken"] > 0)[..., None]
+    total = torch.where(taken, squares, 0.0).sum(-2)
+    return torch.where(taken.any(-2), total.sqrt(), torch.nan)
+
+
 class FeatureAccumulator:
     """Means of the features over the inner steps since the last :meth:`pop`.
 
@@ -110,7 +137,8 @@ class FeatureAccumulator:
     adds one step's features to the sums; the ring has one place then.
 
     Attributes:
-        sums: float64 ``[2, 16]``: sum and number of measured steps of each feature, once folded.
+        sums: float64 ``[2, 18]``: sum and number of measured steps of each of :data:`ACCUMULATED`,
+            once folded.
     """
 
     def __init__(
@@ -123,7 +151,7 @@ class FeatureAccumulator:
         tensors = len(layout.params)
         # folded at once: enough to spread the cost of small operations, too few to be worth threads
         capacity = 1 if accumulate is not None else min(16, max(1, 2048 // tensors))
-        self.sums = torch.zeros(2, len(_FEATURES), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64, device=device)
         self._ring = torch.zeros(
             capacity, tensors, len(STATISTICS), dtype=torch.float64, device=device
         )
@@ -140,14 +168,14 @@ class FeatureAccumulator:
         """The ``[T, len(STATISTICS)]`` table that the coming step is to fill."""
         if self._used == len(self._ring):
             self._fold()
-        self._used += 1
-        return self._ring[self._used - 1]
+        return self._ring[self._used]
 
     def recorded(self) -> None:
         """The table that :meth:`next_statistics` gave has been filled."""
         if self._accumulate is not None:
             self._accumulate(self._ring[0], self.sums)
-            self._used = 0
+        else:
+            self._used += 1
 
     def folded_sums(self) -> torch.Tensor:
         """:attr:`sums`, brought up to date."""
@@ -156,17 +184,27 @@ class FeatureAccumulator:
         return self.sums
 
     def _fold(self) -> None:
-        features = tensor_features(self._ring[: self._used], self._numel, self._clips)
-        steps = mean_features(features, self._group_of, self._groups)
+        statistics = self._ring[: self._used]
+        features = tensor_features(statistics, self._numel, self._clips)
+        means = mean_features(features, self._group_of, self._groups)
+        steps = torch.cat([means, step_norms(statistics)], dim=-1)
         # one step after the other, so that the sum does not depend on when the ring is folded
         for value, measured in zip(steps.nan_to_num(nan=0.0), ~steps.isnan(), strict=True):
             self.sums[0] += value
             self.sums[1] += measured
         self._used = 0
 
-    def pop(self) -> dict[str, float]:
-        """Means of all 16 features since the last call, NaN where not measured; starts anew."""
+    def pop(self, *along: torch.Tensor) -> tuple[dict[str, float], list[float]]:
+        """Means of :data:`ACCUMULATED` since the last call, NaN where not measured; starts anew.
+
+        Args:
+            along: 0-dim or 1-d float64 tensors on the same device that come over in the same copy.
+
+        Returns:
+            The means by name, and the numbers that came along.
+        """
         sums = self.folded_sums()
-        means = (sums[0] / sums[1]).tolist()
+        numbers = torch.cat([sums[0] / sums[1], *(x.reshape(-1) for x in along)]).tolist()
         self.sums.zero_()
-        return dict(zip(_FEATURES, means, strict=True))
+        size = len(ACCUMULATED)
+        return dict(zip(ACCUMULATED, numbers[:size], strict=True)), numbers[size:]

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lhopt_fused.features import FeatureAccumulator
+from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels import BackendName, StepBackend, get_backend, resolve_backend
 from lhopt_fused.layout import DenseViews, bind_layout, check_disjoint, check_grad, check_params
 from lhopt_fused.types import (
@@ -197,10 +197,11 @@ class MeasuredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            self._step(loss)
         return loss
 
-    def _step(self) -> None:
+    def _step(self, loss: float | None) -> None:
+        """One inner step; ``loss`` is what the closure returned, if there was one."""
         scalars_changed = self._read_groups()
         grads = [p.grad for p in self._all_params()]
         run = self._current_run(grads)
@@ -240,11 +241,16 @@ class MeasuredOptimizer(Optimizer):
             where nothing was measured (``did_grad_clip`` where no group clips, for example).
         """
         names = (*INNER_FEATURES, *EXTRA_FEATURES) if extra else INNER_FEATURES
-        self._inner_step = 0
-        if self._run is None:
-            return dict.fromkeys(names, math.nan)
-        means = self._run.features.pop()
+        means, _ = self._pop_measured()
         return {name: means[name] for name in names}
+
+    def _pop_measured(self, *along: torch.Tensor) -> tuple[dict[str, float], list[float]]:
+        """Begin a new outer step; see :meth:`FeatureAccumulator.pop`."""
+        self._inner_step = 0
+        if self._run is not None:
+            return self._run.features.pop(*along)
+        numbers = [number for tensor in along for number in tensor.reshape(-1).tolist()]
+        return dict.fromkeys(ACCUMULATED, math.nan), numbers
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Raw sums of every tensor in the last inner step with statistics.

@@ -18,6 +18,7 @@ __all__ = [
     "INNER_FEATURES",
     "SCALARS",
     "STATISTICS",
+    "STEP_NORMS",
     "TENSOR_STATE",
     "BackendUnavailableError",
     "Clip",
@@ -118,6 +119,9 @@ EXTRA_FEATURES: Final = (
     "sign_agreement_consecutive_grads",
 )
 """Features beyond the paper, all about agreement from one step to the next."""
+
+STEP_NORMS: Final = ("update_norm", "param_norm")
+"""Norms over all tensors of an inner step: of lr T u, and of the parameters before it."""
 
 
 class Denominator(Enum):

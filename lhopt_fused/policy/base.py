@@ -1,0 +1,88 @@
+"""What a policy is to the optimizer: an observation in, a decision out, state that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lhopt_fused.actions import ActionSpace
+from lhopt_fused.policy.decision import DecisionMode
+
+__all__ = ["Policy", "PolicyRun", "RunDecision", "RunObservation"]
+
+
+class RunObservation(NamedTuple):
+    """What one outer step shows of one run; the fields are those of ``features.Observation``.
+
+    ``eval_loss`` is None where there is none. Losses may be NaN, infinite or not positive; inner
+    features, norms and what belongs to an empty register may be NaN.
+    """
+
+    inner: Sequence[float]  # 13
+    train_loss: float
+    eval_loss: float | None
+    progress: float
+    outer_steps: int
+    path_length: float
+    param_norm: float
+    hyperparameters: Sequence[float]  # 8
+    start_hyperparameters: Sequence[float]  # 8
+    register_losses: Sequence[float]  # 3
+    register_progress: Sequence[float]  # 3
+
+
+class RunDecision(NamedTuple):
+    """What a policy decided for one run."""
+
+    hyperparameters: NDArray[np.float64]  # [8], already within their bounds
+    shifts: NDArray[np.float64]  # [8], log multipliers or logit shifts
+    register: int  # index into REGISTER_CHOICES
+    features: NDArray[np.float32]  # [len(FEATURES)], or [0] of a policy that does not look
+    probabilities: NDArray[np.float64]  # of all heads side by side, or [0]
+
+
+class PolicyRun(Protocol):
+    """A policy at work on one training run; not to be shared between threads."""
+
+    def decide(self, observation: RunObservation) -> RunDecision:
+        """One outer step.
+
+        Raises:
+            ValueError: progress or the number of outer steps is out of range.
+        """
+
+    def get_state(self) -> NDArray[np.float64]:
+        """Everything that changes from one outer step to the next, as one flat array."""
+
+    def set_state(self, state: NDArray[np.float64]) -> None:
+        """Go on from :meth:`get_state`.
+
+        Raises:
+            ValueError: it is not the state of a run of this policy; nothing has changed.
+        """
+
+
+class Policy(Protocol):
+    """Something that decides; it can work on any number of runs."""
+
+    @property
+    def name(self) -> str:
+        """For people: the built-in's name or the file's."""
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """What it may do."""
+
+    @property
+    def start_hyperparameters(self) -> Mapping[str, float]:
+        """Where runs are meant to start, for each of HYPERPARAMETERS."""
+
+    def start_run(self, *, mode: DecisionMode = "mean", seed: int = 0) -> PolicyRun:
+        """A fresh run.
+
+        Raises:
+            ValueError: an unknown mode, or a seed outside 0 to 2**63 - 1.
+        """
