@@ -2,6 +2,7 @@
 
 from lhopt_fused.adamw import AdamW
 from lhopt_fused.ciao import CIAO
+from lhopt_fused.lhopt import LHOPT
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     HYPERPARAMETERS,
@@ -17,6 +18,7 @@ __all__ = [
     "EXTRA_FEATURES",
     "HYPERPARAMETERS",
     "INNER_FEATURES",
+    "LHOPT",
     "AdamW",
     "BackendUnavailableError",
     "NonFiniteGradientError",

@@ -70,7 +70,8 @@ TENSOR_STATE: Final = (
 )
 """Columns of :attr:`StepLayout.tensor_state`: what the step remembers about a tensor.
 
-``param_norm`` is the norm that the last step left behind; only delayed trust ratios use it.
+``param_norm`` is the norm that the last step left behind, for delayed trust ratios; tensors
+without a trust ratio have none.
 """
 
 STATISTICS: Final = (
