@@ -12,6 +12,14 @@ inline constexpr int64_t kDTypeSize[kNumDTypes] = {4, 2, 2};
 enum class Denominator : uint8_t { kRms, kMax };
 inline constexpr int kNumDenominators = 2;
 
+// What a pass over the moments does besides: what a tensor's trust ratio asks for.
+enum class Pass : uint8_t {
+  kPlain,       // updates the parameters; nobody needs norms (statistics have their own)
+  kWithNorms,   // updates the parameters, and sums all norms for the next step's trust ratio
+  kMomentsOnly  // sums the norms that this step's trust ratio waits for
+};
+inline constexpr int kNumPasses = 3;
+
 // The same piece of one tensor's arrays, in memory order.
 struct Slice {
   void* param;
@@ -42,16 +50,15 @@ struct Coefficients {
 };
 
 // Sums over a slice; `m_hat_*` are over m itself until the driver divides by the bias correction.
-// Without statistics only the first three are filled.
+// Without statistics at most the first three are filled. |g|^2 is known from
+// the gradient pass, and g.m follows from it and g.momentum.
 struct alignas(64) Sums {
   double param_sq;
   double update_sq;
   double new_param_sq;  // of the parameters as stored
-  double grad_sq;
   double m_sq;
   double m_hat_minus_grad_sq;
   double grad_dot_param;
-  double grad_dot_m;
   double grad_dot_update;
   double grad_dot_momentum;  // momentum: m before the step
   double momentum_sq;
@@ -64,11 +71,9 @@ struct alignas(64) Sums {
     param_sq += other.param_sq;
     update_sq += other.update_sq;
     new_param_sq += other.new_param_sq;
-    grad_sq += other.grad_sq;
     m_sq += other.m_sq;
     m_hat_minus_grad_sq += other.m_hat_minus_grad_sq;
     grad_dot_param += other.grad_dot_param;
-    grad_dot_m += other.grad_dot_m;
     grad_dot_update += other.grad_dot_update;
     grad_dot_momentum += other.grad_dot_momentum;
     momentum_sq += other.momentum_sq;
@@ -90,9 +95,8 @@ using PackSignsKernel = int64_t (*)(const void* grad, int64_t size, float scale,
 struct Kernels {
   const char* name;
   int64_t width;  // elements per vector
-  // Moments, with or without statistics, and with or without the parameters' update:
-  // [param dtype][grad dtype][denominator][statistics][apply].
-  UpdateKernel update[kNumDTypes][kNumDTypes][kNumDenominators][2][2];
+  // Moments, with or without statistics: [param dtype][grad dtype][denominator][statistics][pass].
+  UpdateKernel update[kNumDTypes][kNumDTypes][kNumDenominators][2][kNumPasses];
   // The parameters' update from stored moments: [param dtype][denominator].
   UpdateKernel apply[kNumDTypes][kNumDenominators];
   SumOfSquaresKernel sum_of_squares[kNumDTypes];

@@ -42,9 +42,9 @@ void RunWithTail(const Kernels& kernels, UpdateKernel vector, UpdateKernel scala
   if (tail > 0) scalar(SubSlice(slice, variant, whole, tail), coefficients, sums);
 }
 
-UpdateKernel UpdateKernelOf(const Kernels& kernels, const Variant& v, bool apply) {
+UpdateKernel UpdateKernelOf(const Kernels& kernels, const Variant& v, Pass pass) {
   return kernels.update[static_cast<int>(v.param)][static_cast<int>(v.grad)]
-                       [static_cast<int>(v.denominator)][v.statistics][apply];
+                       [static_cast<int>(v.denominator)][v.statistics][static_cast<int>(pass)];
 }
 
 UpdateKernel ApplyKernelOf(const Kernels& kernels, const Variant& v) {
@@ -179,10 +179,10 @@ GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, i
   return {unscale(SumOfSquaresOfFinite(kernels, dtype, grad, size, kDown), kDown), true};
 }
 
-void UpdateSlice(const Kernels& kernels, const Variant& variant, bool apply, const Slice& slice,
+void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums) {
-  RunWithTail(kernels, UpdateKernelOf(kernels, variant, apply),
-              UpdateKernelOf(kScalarKernels, variant, apply), variant, slice, coefficients, sums);
+  RunWithTail(kernels, UpdateKernelOf(kernels, variant, pass),
+              UpdateKernelOf(kScalarKernels, variant, pass), variant, slice, coefficients, sums);
 }
 
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,
@@ -191,13 +191,13 @@ void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& sli
               variant, slice, coefficients, sums);
 }
 
-void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, bool apply,
-                      const Slice& slice, const Coefficients& coefficients, Sums& sums) {
+void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
+                      const Coefficients& coefficients, Sums& sums) {
   ForPackedBlocks(variant, slice, [&](const Slice& block, const Slice& packed) {
     const double masked_sq = MaskedParamSq(variant, block);
     sums.param_sq += masked_sq;
-    if (apply) sums.new_param_sq += masked_sq;
-    UpdateSlice(kernels, variant, apply, packed, coefficients, sums);
+    sums.new_param_sq += masked_sq;
+    UpdateSlice(kernels, variant, pass, packed, coefficients, sums);
   });
 }
 

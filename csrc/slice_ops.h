@@ -23,8 +23,8 @@ struct GradientSum {
 // Sum of squares without overflow or underflow: a finite gradient is never taken for another.
 GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, int64_t size);
 
-// Moments and sums, and the parameters' update where `apply`; adds to `sums`.
-void UpdateSlice(const Kernels& kernels, const Variant& variant, bool apply, const Slice& slice,
+// Moments, and what else `pass` says; adds to `sums`.
+void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums);
 
 // The parameters' update from stored moments; adds to `sums.new_param_sq`.
@@ -33,8 +33,8 @@ void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& sli
 
 // The same, leaving alone the elements whose gradient is not finite. They count for the
 // parameter's norms and for nothing else.
-void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, bool apply,
-                      const Slice& slice, const Coefficients& coefficients, Sums& sums);
+void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
+                      const Coefficients& coefficients, Sums& sums);
 void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
                      const Coefficients& coefficients, Sums& sums);
 

@@ -272,6 +272,15 @@ bool Step::FindNonfinite() {
   return any;
 }
 
+// Of the finite elements, before clipping.
+double Step::GradientSumSq(int32_t t) const {
+  double sum = 0.0;
+  for (int32_t i = tensors_[t].first_chunk; i < tensors_[t].end_chunk; ++i) {
+    sum += gradient_sums_[i].sum_sq;
+  }
+  return sum;
+}
+
 void Step::ClipGroups() {
   std::fill(group_sum_sq_.begin(), group_sum_sq_.end(), 0.0);
   std::fill(group_takes_part_.begin(), group_takes_part_.end(), 0);
@@ -280,9 +289,7 @@ void Step::ClipGroups() {
     const int32_t group = specs_[t].group;
     group_takes_part_[group] = 1;
     if (groups_[group].clip == Clip::kNone) continue;
-    for (int32_t i = tensors_[t].first_chunk; i < tensors_[t].end_chunk; ++i) {
-      group_sum_sq_[group] += gradient_sums_[i].sum_sq;
-    }
+    group_sum_sq_[group] += GradientSumSq(static_cast<int32_t>(t));
   }
   for (size_t group = 0; group < groups_.size(); ++group) {
     if (!group_takes_part_[group]) continue;
@@ -327,9 +334,11 @@ void Step::RunMoments(int32_t index) {
   }
   Sums& sums = sums_[index];
   sums = {};
-  const bool apply = modes_[chunk.tensor] == Mode::kOnePass;
+  const Pass pass = modes_[chunk.tensor] == Mode::kTwoPass ? Pass::kMomentsOnly
+                    : UsesTrust(chunk.tensor)              ? Pass::kWithNorms
+                                                           : Pass::kPlain;
   const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
-  update(kernels_, tensor.variant, apply, slice, tensor.coefficients, sums);
+  update(kernels_, tensor.variant, pass, slice, tensor.coefficients, sums);
   const TensorSpec& spec = specs_[chunk.tensor];
   if (spec.keeps_signs) {
     sums.count_same_sign_grad = static_cast<double>(
@@ -349,7 +358,7 @@ void Step::FinishMoments(int32_t t) {
   if (modes_[t] == Mode::kTwoPass) {
     const double param_norm = std::sqrt(total.param_sq);
     SetStepSize(t, TrustRatio(param_norm, UpdateNorm(StateOf(t)), ScalarsOf(t)));
-  } else {
+  } else if (UsesTrust(t)) {
     StateOf(t)[kParamNorm] = std::sqrt(total.new_param_sq);
   }
   if (statistics_ != nullptr) WriteStatistics(t, total);
@@ -369,13 +378,14 @@ void Step::WriteStatistics(int32_t t, const Sums& sums) const {
   row[kClipCoefficient] = tensor.clip;
   row[kStepSize] = tensor.step_size;
   row[kDecayFactor] = tensor.decay_factor;
-  row[kGradSq] = sums.grad_sq;
+  row[kGradSq] = tensor.clip * tensor.clip * GradientSumSq(t);
   row[kParamSq] = sums.param_sq;
   row[kUpdateSq] = sums.update_sq;
   row[kMHatSq] = sums.m_sq * inv_bc1 * inv_bc1;
   row[kMHatMinusGradSq] = tensor.first_step ? 0.0 : sums.m_hat_minus_grad_sq;
   row[kGradDotParam] = sums.grad_dot_param;
-  row[kGradDotMHat] = sums.grad_dot_m * inv_bc1;
+  const double ombeta1 = ScalarsOf(t)[kOmbeta1];
+  row[kGradDotMHat] = ((1.0 - ombeta1) * sums.grad_dot_momentum + ombeta1 * row[kGradSq]) * inv_bc1;
   row[kGradDotUpdate] = sums.grad_dot_update;
   row[kCountGtEpsilon] = sums.count_gt_epsilon;
   row[kSumLogAbsUpdate] = sums.sum_log_abs_update;

@@ -116,6 +116,7 @@ class Step {
   void RunGradientTicket(const Ticket& ticket);
   void Prepare();
   bool FindNonfinite();
+  double GradientSumSq(int32_t tensor) const;
   void ClipGroups();
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);

@@ -70,14 +70,14 @@ class LogSum {
 struct LaneSums {
   LaneSums() : count_gt_epsilon(Vec::Zero()), count_same_sign_momentum(Vec::Zero()) {
     param_sq = update_sq = new_param_sq = Vec::Set(0.0f);
-    grad_sq = m_sq = m_hat_minus_grad_sq = Vec::Set(0.0f);
-    grad_dot_param = grad_dot_m = grad_dot_update = Vec::Set(0.0f);
+    m_sq = m_hat_minus_grad_sq = Vec::Set(0.0f);
+    grad_dot_param = grad_dot_update = Vec::Set(0.0f);
     grad_dot_momentum = momentum_sq = Vec::Set(0.0f);
   }
 
   F param_sq, update_sq, new_param_sq;
-  F grad_sq, m_sq, m_hat_minus_grad_sq;
-  F grad_dot_param, grad_dot_m, grad_dot_update;
+  F m_sq, m_hat_minus_grad_sq;
+  F grad_dot_param, grad_dot_update;
   F grad_dot_momentum, momentum_sq;
   LogSum log_abs_update;
   Vec::I count_gt_epsilon, count_same_sign_momentum;
@@ -90,11 +90,9 @@ struct LaneSums {
 
   LHOPT_INLINE void AddStatistics(int64_t exponents_taken, Sums& sums) const {
     const double update_sq_total = Vec::Total(update_sq);
-    sums.grad_sq += Vec::Total(grad_sq);
     sums.m_sq += Vec::Total(m_sq);
     sums.m_hat_minus_grad_sq += Vec::Total(m_hat_minus_grad_sq);
     sums.grad_dot_param += Vec::Total(grad_dot_param);
-    sums.grad_dot_m += Vec::Total(grad_dot_m);
     sums.grad_dot_update += Vec::Total(grad_dot_update);
     sums.grad_dot_momentum += Vec::Total(grad_dot_momentum);
     sums.momentum_sq += Vec::Total(momentum_sq);
@@ -119,16 +117,14 @@ LHOPT_INLINE F UpdateOf(F m, F root, F p, const Broadcast& c) {
   return Vec::MulAdd(c.weight_decay, p, Vec::Div(m, denominator));
 }
 
-// p <- a p - lr T u, and the sum of its squares as stored
+// p <- a p - lr T u, as stored
 template <class P>
-LHOPT_INLINE void StoreParam(P* out, F p, F u, const Broadcast& c, LaneSums& sums) {
-  const F exact = Vec::NegMulAdd(c.step_size, u, Vec::Mul(p, c.decay_factor));
-  const F stored = Vec::Store(out, exact);
-  sums.new_param_sq = Vec::MulAdd(stored, stored, sums.new_param_sq);
+LHOPT_INLINE F StoreParam(P* out, F p, F u, const Broadcast& c) {
+  return Vec::Store(out, Vec::NegMulAdd(c.step_size, u, Vec::Mul(p, c.decay_factor)));
 }
 
 // One vector of the step.
-template <class P, class G, Denominator kDenominator, bool kStatistics, bool kApply>
+template <class P, class G, Denominator kDenominator, bool kStatistics, Pass kPass>
 LHOPT_INLINE void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& sums) {
   P* const param = static_cast<P*>(slice.param) + i;
   const F g = Vec::Mul(Vec::Load(static_cast<const G*>(slice.grad) + i), c.grad_scale);
@@ -143,18 +139,22 @@ LHOPT_INLINE void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c
   const F u = UpdateOf(m, root, p, c);
   Vec::Store(slice.exp_avg + i, m);
   Vec::Store(slice.exp_avg_sq + i, v);
-  if constexpr (kApply) StoreParam(param, p, u, c, sums);
-
-  sums.param_sq = Vec::MulAdd(p, p, sums.param_sq);
-  sums.update_sq = Vec::MulAdd(u, u, sums.update_sq);
+  if constexpr (kPass != Pass::kMomentsOnly) {
+    const F stored = StoreParam(param, p, u, c);
+    if constexpr (kPass == Pass::kWithNorms) {
+      sums.new_param_sq = Vec::MulAdd(stored, stored, sums.new_param_sq);
+    }
+  }
+  if constexpr (kStatistics || kPass != Pass::kPlain) {
+    sums.param_sq = Vec::MulAdd(p, p, sums.param_sq);
+    sums.update_sq = Vec::MulAdd(u, u, sums.update_sq);
+  }
   if constexpr (kStatistics) {
     const F zero = Vec::Set(0.0f);
     const F noise = Vec::MulSub(m, c.inv_bias_correction1, g);
-    sums.grad_sq = Vec::MulAdd(g, g, sums.grad_sq);
     sums.m_sq = Vec::MulAdd(m, m, sums.m_sq);
     sums.m_hat_minus_grad_sq = Vec::MulAdd(noise, noise, sums.m_hat_minus_grad_sq);
     sums.grad_dot_param = Vec::MulAdd(g, p, sums.grad_dot_param);
-    sums.grad_dot_m = Vec::MulAdd(g, m, sums.grad_dot_m);
     sums.grad_dot_update = Vec::MulAdd(g, u, sums.grad_dot_update);
     sums.grad_dot_momentum = Vec::MulAdd(g, momentum, sums.grad_dot_momentum);
     sums.momentum_sq = Vec::MulAdd(momentum, momentum, sums.momentum_sq);
@@ -166,7 +166,7 @@ LHOPT_INLINE void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c
   }
 }
 
-template <class P, class G, Denominator kDenominator, bool kStatistics, bool kApply>
+template <class P, class G, Denominator kDenominator, bool kStatistics, Pass kPass>
 void Update(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
   const Broadcast c(coefficients);
   for (int64_t i = 0; i < slice.size;) {
@@ -174,12 +174,12 @@ void Update(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
     const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, slice.size);
     const int64_t vectors = (end - i) / Vec::kWidth;
     for (int64_t pairs = vectors / 2; pairs > 0; --pairs, i += 2 * Vec::kWidth) {
-      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i, c, lanes);
-      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i + Vec::kWidth, c, lanes);
+      UpdateVector<P, G, kDenominator, kStatistics, kPass>(slice, i, c, lanes);
+      UpdateVector<P, G, kDenominator, kStatistics, kPass>(slice, i + Vec::kWidth, c, lanes);
       lanes.log_abs_update.TakeExponent();
     }
     if (vectors % 2 != 0) {
-      UpdateVector<P, G, kDenominator, kStatistics, kApply>(slice, i, c, lanes);
+      UpdateVector<P, G, kDenominator, kStatistics, kPass>(slice, i, c, lanes);
       lanes.log_abs_update.TakeExponent();
       i += Vec::kWidth;
     }
@@ -199,32 +199,33 @@ void Apply(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
       P* const param = static_cast<P*>(slice.param) + i;
       const F p = Vec::Load(param);
       const F root = RootOf<kDenominator>(Vec::Load(slice.exp_avg_sq + i));
-      StoreParam(param, p, UpdateOf(Vec::Load(slice.exp_avg + i), root, p, c), c, lanes);
+      const F stored = StoreParam(param, p, UpdateOf(Vec::Load(slice.exp_avg + i), root, p, c), c);
+      lanes.new_param_sq = Vec::MulAdd(stored, stored, lanes.new_param_sq);
     }
     sums.new_param_sq += Vec::Total(lanes.new_param_sq);
   }
 }
 
+// Four stretches side by side: one stream alone waits for memory, and one sum for its additions.
 template <class G>
 double SumOfSquares(const void* grad, int64_t size, float scale) {
-  constexpr int kLanes = 4;  // independent sums, to hide the latency of an addition
+  constexpr int kStreams = 4;
   const G* const g = static_cast<const G*>(grad);
   const F scales = Vec::Set(scale);
-  const int64_t whole = size - size % (kLanes * Vec::kWidth);
+  const int64_t stretch = size / (kStreams * Vec::kWidth) * Vec::kWidth;
   double total = 0.0;
-  int64_t i = 0;
-  while (i < whole) {
-    F sums[kLanes] = {Vec::Set(0.0f), Vec::Set(0.0f), Vec::Set(0.0f), Vec::Set(0.0f)};
-    const int64_t end = Smaller(i + kLanes * kVectorsPerFlush * Vec::kWidth, whole);
-    for (; i < end; i += kLanes * Vec::kWidth) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const F x = Vec::Mul(Vec::Load(g + i + lane * Vec::kWidth), scales);
-        sums[lane] = Vec::MulAdd(x, x, sums[lane]);
+  for (int64_t i = 0; i < stretch;) {
+    F sums[kStreams] = {Vec::Set(0.0f), Vec::Set(0.0f), Vec::Set(0.0f), Vec::Set(0.0f)};
+    const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, stretch);
+    for (; i < end; i += Vec::kWidth) {
+      for (int stream = 0; stream < kStreams; ++stream) {
+        const F x = Vec::Mul(Vec::Load(g + stream * stretch + i), scales);
+        sums[stream] = Vec::MulAdd(x, x, sums[stream]);
       }
     }
     total += Vec::Total(sums[0]) + Vec::Total(sums[1]) + Vec::Total(sums[2]) + Vec::Total(sums[3]);
   }
-  for (; i < size; ++i) {
+  for (int64_t i = kStreams * stretch; i < size; ++i) {
     const float x = ToFloat(g[i]) * scale;
     total += static_cast<double>(x * x);
   }
@@ -260,12 +261,11 @@ int64_t PackSigns(const void* grad, int64_t size, float scale, uint8_t* bits) {
 
 // The tables below spell out what the driver indexes; see kernels.h for the axes.
 
-#define LHOPT_UPDATE_DENOMINATOR(P, G, D)                            \
-  {                                                                  \
-    {Update<P, G, D, false, false>, Update<P, G, D, false, true>}, { \
-      Update<P, G, D, true, false>, Update<P, G, D, true, true>      \
-    }                                                                \
-  }
+#define LHOPT_UPDATE_STATISTICS(P, G, D, S)                                \
+  {Update<P, G, D, S, Pass::kPlain>, Update<P, G, D, S, Pass::kWithNorms>, \
+   Update<P, G, D, S, Pass::kMomentsOnly>}
+#define LHOPT_UPDATE_DENOMINATOR(P, G, D) \
+  {LHOPT_UPDATE_STATISTICS(P, G, D, false), LHOPT_UPDATE_STATISTICS(P, G, D, true)}
 #define LHOPT_UPDATE_GRAD(P, G)                       \
   {LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kRms), \
    LHOPT_UPDATE_DENOMINATOR(P, G, Denominator::kMax)}

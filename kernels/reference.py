@@ -144,7 +144,8 @@ class _TensorStep:
         self.exp_avg.copy_(m.where(finite, self.exp_avg))
         self.exp_avg_sq.copy_(v.where(finite, self.exp_avg_sq))
         self.param.copy_((p * decay - step_size * u).where(finite, p))
-        state["param_norm"] = math.sqrt(_dot(self.param, self.param))
+        if self.uses_trust:
+            state["param_norm"] = math.sqrt(_dot(self.param, self.param))
 
         m_hat_minus_grad = 0.0 if first_step else _dot(m_hat - g, m_hat - g)
         return {
