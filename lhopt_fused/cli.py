@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from lhopt_fused.policy_command import policy_app
 
 if TYPE_CHECKING:
     from lhopt_fused.demo.run import RunConfig, Training
@@ -28,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A PyTorch optimizer that measures itself at the speed of a fused kernel.",
 )
+app.add_typer(policy_app, name="policy")
 _console = Console(highlight=False)
 
 _CHECKPOINT = "checkpoint.pt"
@@ -50,6 +54,7 @@ class OptimizerName(str, Enum):
     TORCH = "torch"
     ADAMW = "adamw"
     CIAO = "ciao"
+    LHOPT = "lhopt"
 
 
 StepsOption = Annotated[int, typer.Option(help="Optimizer steps.")]
@@ -80,13 +85,13 @@ def main(
 
 @app.command()
 def demo(
-    steps: StepsOption = 1200,
+    steps: StepsOption = 1000,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lhopt-runs/demo"),
     threads: ThreadsOption = None,
     backend: BackendOption = Backend.AUTO,
 ) -> None:
-    """Train a small GPT on Python's own documentation with three optimizers, side by side."""
+    """Train a small GPT on Python's own documentation with four optimizers, side by side."""
     from lhopt_fused.demo.text import Text, read_topics
 
     with _bad_input():
@@ -105,8 +110,8 @@ def demo(
         _prepare_folder(out)
         trainings = [_start(config, text) for config in configs]
     _describe(trainings, "the topics of Python's help()")
-    _train(trainings)
-    _write_results(trainings, out, "A small GPT on Python's documentation")
+    seconds = _train(trainings)
+    _write_results(trainings, out, "A small GPT on Python's documentation", seconds)
     if not trainings[-1].is_done:
         _say("Stopped before the end.")
         raise typer.Exit(130)
@@ -122,6 +127,13 @@ def train(
     optimizer: Annotated[
         OptimizerName, typer.Option(help="Which optimizer.")
     ] = OptimizerName.ADAMW,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="What moves LHOPT's hyperparameters: a name of `lhopt policy list`, or a "
+            "policy file; cosine if not given."
+        ),
+    ] = None,
     steps: StepsOption = 1000,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; a good one for the demo if not given.")
@@ -158,6 +170,7 @@ def train(
             files = _absolute(text or [])
             config = _config(
                 optimizer=optimizer.value,
+                policy=_policy_of(optimizer, policy),
                 steps=steps,
                 lr=lr,
                 batch=batch,
@@ -170,11 +183,41 @@ def train(
             training = _start(config, _read_text(files, eval_fraction, context))
         _prepare_folder(out)
     _describe([training], ", ".join(path.name for path in files))
-    _train([training], out / _CHECKPOINT, files)
-    _write_results([training], out, f"A small GPT on {', '.join(path.name for path in files)}")
+    seconds = _train([training], out / _CHECKPOINT, files)
+    title = f"A small GPT on {', '.join(path.name for path in files)}"
+    _write_results([training], out, title, seconds)
     if not training.is_done:
         _say(f"Stopped and saved. Go on with: lhopt train --resume {out / _CHECKPOINT}")
         raise typer.Exit(130)
+
+
+@app.command()
+def plot(
+    history: Annotated[Path, typer.Argument(help="History of an LHOPT run, as CSV.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Picture; beside the history, as PNG, if not given.")
+    ] = None,
+) -> None:
+    """Draw an LHOPT run: losses, hyperparameters, and inner features."""
+    from lhopt_fused.demo.history_figure import draw_history
+    from lhopt_fused.demo.text import InputError
+    from lhopt_fused.history import read_csv
+
+    picture = out if out is not None else history.with_suffix(".png")
+    with _bad_input():
+        try:
+            steps = read_csv(history)
+        except OSError as error:
+            raise InputError("HISTORY", f"cannot read {history}: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError("HISTORY", f"{error}; give the history.csv of an LHOPT run") from error
+        try:
+            draw_history(picture, steps, title=history.name)
+        except ValueError as error:
+            raise InputError("HISTORY", f"cannot draw {history}: {error}") from error
+        except OSError as error:
+            raise InputError("--out", f"cannot write {picture}: {error.strerror}") from error
+    _say(f"Picture: {picture}")
 
 
 @app.command()
@@ -185,7 +228,7 @@ def info() -> None:
     import torch
 
     from lhopt_fused import __version__
-    from lhopt_fused.demo.run import backend_problem
+    from lhopt_fused.demo.optimizers import backend_problem
 
     table = Table.grid(padding=(0, 2))
     table.add_row("lhopt-fused", __version__)
@@ -236,11 +279,30 @@ def _fail(error: InputError) -> NoReturn:
 def _config(*, model: dict[str, int], **options: Any) -> RunConfig:
     """A config with ``options``, those that are None left at their defaults."""
     from lhopt_fused.demo.model import GPTConfig
-    from lhopt_fused.demo.run import DEFAULT_LR, RunConfig
+    from lhopt_fused.demo.optimizers import DEFAULT_POLICY, default_lr
+    from lhopt_fused.demo.run import RunConfig
 
     given = {name: value for name, value in options.items() if value is not None}
-    given.setdefault("lr", DEFAULT_LR[given["optimizer"]])
+    if "lr" not in given:
+        given["lr"] = default_lr(given["optimizer"], given.get("policy", DEFAULT_POLICY))
     return RunConfig(**given, model=GPTConfig(**model))
+
+
+def _policy_of(optimizer: OptimizerName, policy: str | None) -> str | None:
+    """The policy of a run, so that it is found again from another folder.
+
+    Raises:
+        InputError: there is none of that name, or the optimizer takes none.
+    """
+    from lhopt_fused.demo.optimizers import absolute_policy, find_policy
+    from lhopt_fused.demo.text import InputError
+
+    if policy is None:
+        return None
+    if optimizer is not OptimizerName.LHOPT:
+        raise InputError("--policy", "is for --optimizer lhopt; leave it out or change that")
+    find_policy(policy)
+    return absolute_policy(policy)
 
 
 def _start(config: RunConfig, text: Text) -> Training:
@@ -251,7 +313,8 @@ def _start(config: RunConfig, text: Text) -> Training:
     """
     import torch
 
-    from lhopt_fused.demo.run import Training, backend_problem
+    from lhopt_fused.demo.optimizers import backend_problem
+    from lhopt_fused.demo.run import Training
     from lhopt_fused.demo.text import InputError
 
     problem = backend_problem(config.backend) if config.optimizer != "torch" else None
@@ -276,7 +339,10 @@ def _resumed_training(checkpoint: Path, text: list[Path] | None) -> tuple[Traini
     if saved["training"]["step"] >= config.steps:
         raise InputError("--resume", f"{checkpoint} has done all its {config.steps} steps")
     training = _start(config, read)
-    training.load_state_dict(saved["training"])
+    try:
+        training.load_state_dict(saved["training"])
+    except ValueError as error:  # the policy file has changed, for example
+        raise InputError("--resume", f"{checkpoint} does not fit: {error}") from error
     return training, files
 
 
@@ -326,7 +392,6 @@ def _describe(trainings: Sequence[Training], source: str) -> None:
     """Say what is about to be trained."""
     config, text, model = trainings[0].config, trainings[0].text, trainings[0].config.model
     parameters = sum(p.numel() for p in trainings[0].model.parameters())
-    learning_rates = ", ".join(f"{t.config.lr:g} for {t.name}" for t in trainings)
     lines = {
         "text": f"{source}: {len(text.train):,} bytes to learn, {len(text.held_out):,} held out "
         f"(byte frequencies alone: {text.unigram_entropy():.3f} nats per byte)",
@@ -334,12 +399,25 @@ def _describe(trainings: Sequence[Training], source: str) -> None:
         f"{model.width}, {model.heads} heads, context {model.context}",
         "run": f"{config.steps:,} steps of {config.batch} windows, seed {config.seed}, "
         f"{config.threads} thread(s), backend {config.backend}",
-        "learning rate": f"{learning_rates}; linear warm-up over a tenth, then a cosine to 1 %",
+        "learning rate": _learning_rates(trainings),
     }
     table = Table.grid(padding=(0, 2))
     for name, line in lines.items():
         table.add_row(f"[bold]{name}[/]", escape(line))
     _console.print(table, "")
+
+
+def _learning_rates(trainings: Sequence[Training]) -> str:
+    scheduled = [f"{t.config.lr:g} for {t.name}" for t in trainings if not t.has_policy]
+    parts = [
+        f"{t.config.lr:g} for {t.name}, moved by its policy {t.config.policy!r}"
+        for t in trainings
+        if t.has_policy
+    ]
+    if scheduled:
+        schedule = "linear warm-up over a tenth, then a cosine to 1 %"
+        parts.insert(0, f"{', '.join(scheduled)}: {schedule}")
+    return "; ".join(parts)
 
 
 def _say(message: str) -> None:
@@ -374,8 +452,12 @@ def _stoppable() -> Iterator[_StopRequest]:
 
 def _train(
     trainings: Sequence[Training], checkpoint: Path | None = None, files: Sequence[Path] = ()
-) -> None:
-    """Do the steps of all ``trainings`` in turn until they are done or Ctrl-C stops them."""
+) -> float:
+    """Do the steps of all ``trainings`` in turn until they are done or Ctrl-C stops them.
+
+    Returns:
+        The seconds that this took.
+    """
     from lhopt_fused.demo.display import LiveView
     from lhopt_fused.demo.run import save_checkpoint
 
@@ -383,6 +465,7 @@ def _train(
         if checkpoint is not None:
             save_checkpoint(checkpoint, trainings[0], [str(file) for file in files])
 
+    begin = time.perf_counter()
     with _stoppable() as stop, LiveView(_console, trainings) as view:
         while not (trainings[-1].is_done or stop.is_set):
             for training in trainings:
@@ -391,10 +474,11 @@ def _train(
             if trainings[0].has_just_evaluated:
                 save()
         save()
+    return time.perf_counter() - begin
 
 
-def _write_results(trainings: Sequence[Training], out: Path, title: str) -> None:
-    """Print the final table; write the measurements and the picture."""
+def _write_results(trainings: Sequence[Training], out: Path, title: str, seconds: float) -> None:
+    """Print the final table; write the measurements and the pictures."""
     from lhopt_fused.demo.display import final_table
     from lhopt_fused.demo.figure import draw_runs
     from lhopt_fused.demo.record import write_csv
@@ -404,4 +488,31 @@ def _write_results(trainings: Sequence[Training], out: Path, title: str) -> None
     write_csv(metrics, runs)
     draw_runs(picture, runs, title=title, unigram_entropy=trainings[0].text.unigram_entropy())
     _console.print(final_table(trainings))
+    _write_histories(trainings, out, title, seconds)
     _say(f"Picture: {picture}\nMeasurements: {metrics}")
+
+
+def _write_histories(trainings: Sequence[Training], out: Path, title: str, seconds: float) -> None:
+    """For LHOPT: what its outer steps cost, its history as CSV, and a picture of it."""
+    from lhopt_fused.demo.history_figure import draw_history
+    from lhopt_fused.demo.record import Summary
+    from lhopt_fused.history import write_csv
+
+    for training in trainings:
+        if not training.history:
+            continue
+        history, picture = out / "history.csv", out / "history.png"
+        write_csv(training.history, history)
+        draw_history(picture, training.history, title=f"{title}: {_policy_label(training)}")
+        summary = Summary(training.rows)
+        _say(
+            f"{training.name}'s {len(training.history)} outer steps (losses, features, decision, "
+            f"apply): {summary.outer_seconds:.3f} s of {seconds:.0f} s, "
+            f"{summary.outer_seconds / seconds:.3%} of everything and "
+            f"{summary.outer_seconds / summary.seconds:.3%} of its own steps"
+        )
+        _say(f"Policy's picture: {picture}\nPolicy's history: {history}")
+
+
+def _policy_label(training: Training) -> str:
+    return f"LHOPT with policy {Path(training.config.policy).stem!r}"

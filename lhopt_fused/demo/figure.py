@@ -12,20 +12,26 @@ from matplotlib.figure import Figure
 
 from lhopt_fused.demo.record import Row, Summary, series
 
-__all__ = ["draw_runs"]
+__all__ = ["FEATURE_LABELS", "draw_runs", "save_figure"]
 
 _STYLES: Final[dict[str, dict[str, Any]]] = {
     "torch AdamW": {"color": "#b8b8b8", "linewidth": 4.0, "zorder": 1},
     "AdamW": {"color": "#0072b2", "linewidth": 1.6, "zorder": 3},
     "CIAO.lhopt": {"color": "#d55e00", "linewidth": 1.6, "zorder": 2},
+    "LHOPT": {"color": "#009e73", "linewidth": 1.6, "zorder": 4},
 }
 
-_FEATURES: Final = {
+FEATURE_LABELS: Final = {
     "log_adam_update_norm_over_param_norm": "log (update norm / parameter norm)",
     "log_noise_scale": "log noise scale",
     "cosine_similarity_grad_momentum": "cosine of gradient and momentum",
     "mean_log_abs_adam_pre_lr_update": "mean log |update| before lr",
+    "did_grad_clip": "share of steps that were clipped",
+    "sqrt_v_hat_gt_epsilon": "share of elements above epsilon",
 }
+"""The inner features that say most to the eye, and how a picture calls them."""
+
+_RUN_FEATURES: Final = tuple(FEATURE_LABELS)[:4]
 
 
 def draw_runs(
@@ -34,18 +40,24 @@ def draw_runs(
     """Write a PNG of ``runs`` (name of the optimizer -> rows) to ``path``."""
     measured = {name: rows for name, rows in runs.items() if series(rows, "log_noise_scale")[0]}
     top = ["loss", "loss", "loss", "time"]
-    layout = [top, top, list(_FEATURES)] if measured else [top]
+    layout = [top, top, list(_RUN_FEATURES)] if measured else [top]
     figure = Figure(figsize=(13, 7.6 if measured else 4.6), layout="constrained")
     axes = figure.subplot_mosaic([[str(name) for name in row] for row in layout])
     figure.suptitle(title, fontsize=12, parse_math=False)
     _draw_losses(axes["loss"], runs, unigram_entropy)
     _draw_times(axes["time"], runs)
     if measured:
-        for feature, label in _FEATURES.items():
-            _draw_feature(axes[feature], measured, feature, label)
-    for ax in axes.values():
+        for feature in _RUN_FEATURES:
+            _draw_feature(axes[feature], measured, feature, FEATURE_LABELS[feature])
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG, in the look that all of them share."""
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        ax.grid(alpha=0.25, axis="y" if ax.get_label() == "time" else "both")
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _draw_losses(ax: Axes, runs: Mapping[str, Sequence[Row]], unigram_entropy: float) -> None:
@@ -70,7 +82,6 @@ def _draw_losses(ax: Axes, runs: Mapping[str, Sequence[Row]], unigram_entropy: f
         xlabel="step", ylabel="loss (nats per byte)", title="Loss: held-out (bold), train (thin)"
     )
     ax.margins(x=0.01)
-    ax.grid(alpha=0.25)
     ax.legend(frameon=False, loc="upper right")
 
 
@@ -85,6 +96,7 @@ def _draw_times(ax: Axes, runs: Mapping[str, Sequence[Row]]) -> None:
         patch_artist=True,
         medianprops={"color": "black"},
     )
+    highest = max(max(whisker.get_ydata()) for whisker in boxes["whiskers"])
     parts = zip(runs, boxes["boxes"], boxes["whiskers"][1::2], strict=True)
     for position, (name, box, whisker) in enumerate(parts, start=1):
         box.set(facecolor=_STYLES[name]["color"], alpha=0.8)
@@ -96,10 +108,9 @@ def _draw_times(ax: Axes, runs: Mapping[str, Sequence[Row]]) -> None:
             ha="center",
             fontsize=9,
         )
-    ax.set_xticks(range(1, len(runs) + 1), list(runs))
-    ax.set_ylim(bottom=0)
-    ax.margins(y=0.15)
-    ax.grid(axis="y", alpha=0.25)
+    names = [name.replace(" ", "\n").replace(".", ".\n") for name in runs]
+    ax.set_xticks(range(1, len(runs) + 1), names, fontsize=9)
+    ax.set_ylim(0, 1.1 * highest if highest > 0 else 1)
     ax.set(ylabel="milliseconds", title="Optimizer step (median above)")
 
 
@@ -109,4 +120,3 @@ def _draw_feature(ax: Axes, runs: Mapping[str, Sequence[Row]], feature: str, lab
         ax.plot(*series(settled, feature), **_STYLES[name])
     ax.set(xlabel="step")
     ax.set_title(label, fontsize=9)
-    ax.grid(alpha=0.25)

@@ -23,7 +23,7 @@ COLUMNS: Final = (
     "eval_loss",  # nats per byte
     "optimizer_ms",  # of one optimizer step
     "step_ms",  # of one whole training step: batch, forward, backward, optimizer
-    "features_ms",  # of taking the inner features, once per row
+    "outer_ms",  # of all steps since the row before, on inner features and LHOPT's decisions
     *INNER_FEATURES,
 )
 
@@ -56,6 +56,15 @@ class Summary:
         self.optimizer_ms = _median(series(rows, "optimizer_ms")[1])
         self.step_ms = _median(series(rows, "step_ms")[1])
         self.optimizer_share = self.optimizer_ms / self.step_ms
+        self.seconds = _step_seconds(rows)
+        self.outer_seconds = math.fsum(series(rows, "outer_ms")[1]) / 1e3
+
+
+def _step_seconds(rows: Sequence[Row]) -> float:
+    """What all steps of a run took together, without evaluations."""
+    steps, means = series(rows, "step_ms")
+    ends = zip([0.0, *steps], steps, means, strict=False)
+    return math.fsum((end - start) * ms for start, end, ms in ends) / 1e3
 
 
 def _mean(values: Sequence[float]) -> float:

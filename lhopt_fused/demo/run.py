@@ -9,40 +9,31 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
-from lhopt_fused.adamw import AdamW
-from lhopt_fused.ciao import CIAO
 from lhopt_fused.demo.model import GPT, GPTConfig
+from lhopt_fused.demo.optimizers import (
+    DEFAULT_POLICY,
+    OPTIMIZERS,
+    BackendName,
+    TimedLHOPT,
+    build_optimizer,
+)
 from lhopt_fused.demo.record import Row, new_row
 from lhopt_fused.demo.text import InputError, Text
+from lhopt_fused.history import OuterStep
 from lhopt_fused.optimizer import MeasuredOptimizer
-from lhopt_fused.types import BackendUnavailableError
 
 __all__ = [
-    "DEFAULT_LR",
-    "OPTIMIZERS",
     "RunConfig",
     "Training",
-    "backend_problem",
     "load_checkpoint",
     "save_checkpoint",
 ]
 
-OPTIMIZERS: Final = {
-    "torch": "torch AdamW",
-    "adamw": "AdamW",
-    "ciao": "CIAO.lhopt",
-}
-"""Name on the command line -> name on screen; torch's own AdamW is its fused one."""
-
-BackendName: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
-
-DEFAULT_LR: Final = {"torch": 2e-3, "adamw": 2e-3, "ciao": 2e-2}
-
-_FORMAT = "lhopt-train-1"
+_FORMAT = "lhopt-train-2"
 _ROWS = 100  # rows that a run records
 _EVALS = 20  # evaluations in a run, besides the one before its first step
 _EVAL_WINDOWS = 256
@@ -57,6 +48,7 @@ class RunConfig:
     """
 
     optimizer: str = "adamw"
+    policy: str = DEFAULT_POLICY  # of LHOPT: a built-in one or a file
     steps: int = 1000
     lr: float = 2e-3
     batch: int = 8
@@ -88,29 +80,6 @@ class RunConfig:
         return cls(**{**values, "model": GPTConfig(**values["model"])})
 
 
-def backend_problem(backend: str) -> str | None:
-    """Why ``backend`` cannot step a model on this machine; None where it can."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    param = torch.nn.Parameter(torch.ones(2, device=device))
-    param.grad = torch.ones_like(param)
-    try:
-        AdamW([param], backend=cast(BackendName, backend)).step()
-    except (ImportError, BackendUnavailableError, ValueError) as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _build_optimizer(config: RunConfig, model: GPT) -> torch.optim.Optimizer:
-    backend = cast(BackendName, config.backend)
-    match config.optimizer:
-        case "adamw":
-            return AdamW(model.parameters(), lr=config.lr, backend=backend)
-        case "ciao":
-            return CIAO.lhopt(model.parameters(), lr=config.lr, backend=backend)
-        case _:
-            return torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
-
-
 def _warmup_cosine(step: int, steps: int) -> float:
     """Factor on the learning rate: linear over the first tenth, then a cosine to a hundredth."""
     warmup = math.ceil(steps / 10)
@@ -133,10 +102,12 @@ class Training:
         self.step = 0
         self.rows: list[Row] = []
         self.model = GPT(config.model, config.seed)
-        self.optimizer = _build_optimizer(config, self.model)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, partial(_warmup_cosine, steps=config.steps)
-        )
+        self.optimizer = build_optimizer(config, self.model)
+        self._schedule = None  # LHOPT's policy moves the learning rate
+        if not isinstance(self.optimizer, TimedLHOPT):
+            self._schedule = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, partial(_warmup_cosine, steps=config.steps)
+            )
         self._generator = torch.Generator().manual_seed(config.seed)
         self._eval_windows = text.eval_windows(config.model.context, _EVAL_WINDOWS)
         self._interval = max(1, config.steps // _ROWS)
@@ -158,6 +129,16 @@ class Training:
     def has_just_evaluated(self) -> bool:
         return self.is_done or (self.step > 0 and self.step % self._eval_interval == 0)
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether a policy moves the learning rate, instead of the schedule."""
+        return self._schedule is None
+
+    @property
+    def history(self) -> list[OuterStep]:
+        """What LHOPT's policy saw and did; nothing for other optimizers."""
+        return self.optimizer.history if isinstance(self.optimizer, TimedLHOPT) else []
+
     def advance(self) -> None:
         """Do one step, and measure where it is time to."""
         if self.step == 0:
@@ -173,21 +154,20 @@ class Training:
         loss = self.model.loss(windows)
         torch.autograd.backward(loss)
         before_optimizer = time.perf_counter()
+        if isinstance(self.optimizer, TimedLHOPT):
+            self.optimizer.observe(train_loss=loss)
         self.optimizer.step()
         after_optimizer = time.perf_counter()
         self.optimizer.zero_grad()
-        self._schedule.step()
+        if self._schedule is not None:
+            self._schedule.step()
         self._losses.append(loss.item())
         self._optimizer_seconds.append(after_optimizer - before_optimizer)
         self._seconds.append(time.perf_counter() - begin)
 
     def _record(self) -> None:
         """Close the interval with a row."""
-        begin = time.perf_counter()
-        features: dict[str, float] = {}
-        if isinstance(self.optimizer, MeasuredOptimizer):
-            features = self.optimizer.pop_inner_features()
-        features_ms = 1e3 * (time.perf_counter() - begin)
+        features, outer_ms = self._measure()
         steps = len(self._losses)
         measured = {
             "step": self.step,
@@ -195,13 +175,26 @@ class Training:
             "train_loss": math.fsum(self._losses) / steps,
             "optimizer_ms": 1e3 * math.fsum(self._optimizer_seconds) / steps,
             "step_ms": 1e3 * math.fsum(self._seconds) / steps,
-            "features_ms": features_ms if features else math.nan,
+            "outer_ms": outer_ms,
         }
         if self.has_just_evaluated:
             measured["eval_loss"] = self.evaluate()
         self.rows.append(new_row(measured | features))
         for values in (self._losses, self._seconds, self._optimizer_seconds):
             values.clear()
+
+    def _measure(self) -> tuple[dict[str, float], float]:
+        """Inner features since the row before, and what has been spent on them in milliseconds."""
+        if isinstance(self.optimizer, TimedLHOPT):  # it takes them itself, for its policy
+            seconds, self.optimizer.outer_seconds = self.optimizer.outer_seconds, 0.0
+            last = self.history[-1] if self.history else None
+            is_new = last is not None and last.inner_step > self.rows[-1]["step"]
+            return (last.features if last is not None and is_new else {}), 1e3 * seconds
+        if isinstance(self.optimizer, MeasuredOptimizer):
+            begin = time.perf_counter()
+            features = self.optimizer.pop_inner_features()
+            return features, 1e3 * (time.perf_counter() - begin)
+        return {}, math.nan
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -220,7 +213,7 @@ class Training:
             "optimizer_seconds": list(self._optimizer_seconds),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "schedule": self._schedule.state_dict() if self._schedule is not None else None,
             "generator": self._generator.get_state(),
         }
 
@@ -228,7 +221,8 @@ class Training:
         """Continue from ``state``, which a training with the same config gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
         self._generator.set_state(state["generator"])
         self.step = state["step"]
         self.rows = [new_row(row) for row in state["rows"]]

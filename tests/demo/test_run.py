@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lhopt_fused.demo.model import GPTConfig
+from lhopt_fused.demo.optimizers import OPTIMIZERS, backend_problem, default_lr
 from lhopt_fused.demo.record import COLUMNS, Summary, series
 from lhopt_fused.demo.run import (
-    DEFAULT_LR,
-    OPTIMIZERS,
     RunConfig,
     Training,
-    backend_problem,
     load_checkpoint,
     save_checkpoint,
 )
@@ -29,7 +28,7 @@ CONFIG = RunConfig(
     threads=1,
     model=GPTConfig(context=16, width=16, layers=1, heads=2),
 )
-TIMES = ("optimizer_ms", "step_ms", "features_ms")
+TIMES = ("optimizer_ms", "step_ms", "outer_ms")
 
 
 @pytest.fixture
@@ -57,15 +56,31 @@ def assert_same(one: Training, other: Training) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_loss_falls_and_rows_are_complete(text, optimizer):
-    config = replace(CONFIG, optimizer=optimizer, lr=5 * DEFAULT_LR[optimizer])
+    config = replace(CONFIG, optimizer=optimizer, lr=5 * default_lr(optimizer, "cosine"))
     training = finished(Training(config, text))
     _, losses = series(training.rows, "eval_loss")
     assert losses[-1] < losses[0] - 0.5
     assert training.rows[-1]["step"] == config.steps
     measured = {name for name in INNER_FEATURES if series(training.rows, name)[0]}
     expected = set() if optimizer == "torch" else set(INNER_FEATURES)
-    assert measured == (expected if optimizer == "ciao" else expected - {"did_grad_clip"})
-    assert 0 < Summary(training.rows).optimizer_share < 1
+    clips = optimizer in ("ciao", "lhopt")
+    assert measured == (expected if clips else expected - {"did_grad_clip"})
+    summary = Summary(training.rows)
+    assert 0 < summary.optimizer_share < 1
+    assert (0 < summary.outer_seconds < summary.seconds) == (optimizer != "torch")
+
+
+def test_lhopts_policy_sees_the_losses_and_moves_the_learning_rate(text):
+    training = finished(Training(replace(CONFIG, optimizer="lhopt", steps=64), text))
+    assert [step.inner_step for step in training.history] == [16, 32, 48, 64]
+    losses = [row["train_loss"] for row in training.rows[1:]]  # a row for each step
+    for step in training.history:
+        mean = sum(losses[step.inner_step - 16 : step.inner_step]) / 16
+        assert step.train_loss == pytest.approx(mean)
+        lr = CONFIG.lr * (1 + math.cos(math.pi * step.progress)) / 2
+        assert step.hyperparameters["lr"] == pytest.approx(lr, abs=1e-8)
+    rows = [row for row in training.rows if not math.isnan(row["log_noise_scale"])]
+    assert [row["step"] for row in rows] == [16, 32, 48, 64]
 
 
 def test_adamw_follows_torchs(text):
