@@ -53,7 +53,7 @@ require() {
 from importlib.util import find_spec
 from shutil import which
 
-names = "torch triton numpy pybind11 setuptools pytest typer rich matplotlib".split()
+names = "torch triton numpy safetensors pybind11 setuptools pytest hypothesis typer rich matplotlib".split()
 missing = [name for name in names if find_spec(name) is None]
 missing += [] if which("c++") or which("g++") or which("clang++") else ["a C++ compiler"]
 if not missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -13,14 +14,26 @@ from tolerances import GOLDEN_FEATURES, GOLDEN_PARAMETERS, assert_close
 from lhopt_fused import CIAO
 
 SCENARIOS = load_golden()
-BACKENDS = [("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = [
+    ("reference", torch.float64),
+    ("reference", torch.float32),
+    ("cpu", torch.float32),
+    *([("triton", torch.float32)] if INTERPRETED else []),  # ./dev interpret
+    *(
+        [pytest.param("triton", torch.float32, marks=pytest.mark.gpu)]
+        if torch.cuda.is_available() and not INTERPRETED
+        else []
+    ),
+]
 
 
 def check(golden: Golden, backend: str, dtype: torch.dtype, **wrong: Any) -> None:
     def build(params: list[torch.nn.Parameter], keywords: dict[str, Any]) -> CIAO:
         return CIAO(params, **{**keywords, **wrong}, backend=backend)  # type: ignore[arg-type]
 
-    reached, features = run_golden(golden, build, dtype)
+    device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    reached, features = run_golden(golden, build, dtype, device)
     scale = max(abs(p).max() for p in golden.start)
     for step, expected in zip(reached, golden.params, strict=True):
         for param, value in zip(step, expected, strict=True):
