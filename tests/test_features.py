@@ -48,8 +48,10 @@ def table(*rows: dict[str, float]) -> torch.Tensor:
 
 
 def vectors(seed: int, size: int = 12) -> list[torch.Tensor]:
+    """Five random vectors without small elements, beside which the 1e-8 inside log would show."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(5)]
+    drawn = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(5)]
+    return [x + 0.1 * x.sign() for x in drawn]
 
 
 def features_of(*rows: dict[str, float], size: int = 12, clips: bool = True) -> torch.Tensor:
@@ -113,7 +115,7 @@ def test_the_scale_of_parameters_and_updates_does_not_matter(seed: int, scale: f
     plain = named(features_of(sums(g, m_hat, u, p, m))[0])
     scaled = named(features_of(sums(g, m_hat, scale * u, scale * p, m))[0])
     shifted = plain.pop("mean_log_abs_adam_pre_lr_update") + math.log(scale)
-    assert scaled.pop("mean_log_abs_adam_pre_lr_update") == pytest.approx(shifted, abs=1e-4)
+    assert scaled.pop("mean_log_abs_adam_pre_lr_update") == pytest.approx(shifted, abs=2e-4)
     assert scaled == pytest.approx(plain, rel=1e-4, abs=2e-4)
 
 

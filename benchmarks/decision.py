@@ -1,0 +1,135 @@
+"""One decision of the policy: the C++ runner beside the same network and function in torch.
+
+``python -m benchmarks.decision``: verify that they agree, then time, interleaved, on one thread.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine, report
+from benchmarks.timing import quartiles, ratios
+from lhopt_fused.actions import DEFAULT_ACTION_SPACE as SPACE
+from lhopt_fused.ciao import LHOPT_START
+from lhopt_fused.policy import (
+    FEATURES,
+    LearnedPolicy,
+    NetworkShape,
+    Observation,
+    PolicyNetwork,
+    RunObservation,
+    policy_step,
+)
+from lhopt_fused.policy.decision import initial_policy_state
+from lhopt_fused.types import HYPERPARAMETERS
+
+RESULTS = Path(__file__).parent / "results"
+AGREEMENT = 1e-5  # in the log multipliers; tests/tolerances.py holds the tests to their own
+START = {name: float(LHOPT_START[name]) for name in HYPERPARAMETERS}
+
+
+def observation() -> RunObservation:
+    """An ordinary outer step in the middle of a run."""
+    inner = torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, empty = list(START.values()), [float("nan")] * 3
+    return RunObservation(inner.tolist(), 1.5, 1.7, 0.5, 64, 0.1, 10.0, start, start, empty, empty)
+
+
+def batched(one: RunObservation) -> Observation:
+    """The same as a batch of one, for torch."""
+    numbers = [torch.tensor([value], dtype=torch.float64) for value in one]
+    return Observation(*numbers[:3], torch.tensor([True]), *numbers[3:])
+
+
+def contestants(hidden: int) -> dict[str, Callable[[], object]]:
+    """What is timed; raises AssertionError if runner and torch do not agree first."""
+    torch.manual_seed(0)
+    network = PolicyNetwork(NetworkShape(len(FEATURES), SPACE.head_sizes, hidden=hidden)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    policy = LearnedPolicy.from_network(
+        network, name="random", action_space=SPACE, start_hyperparameters=START
+    )
+    one = observation()
+    many, runner = batched(one), policy.start_run()
+    start = initial_policy_state(network, torch.zeros(1, dtype=torch.int64))
+    _, decision, features, _ = policy_step(network, SPACE, many, start)
+    error = np.abs(runner.decide(one).shifts - decision.shifts[0].numpy()).max()
+    assert error <= AGREEMENT, f"runner and torch differ by {error:.2e} in the log multipliers"
+    return {
+        "runner": lambda: runner.decide(one),
+        "torch network": lambda: network(features, start.lstm),
+        "torch, whole decision": lambda: policy_step(network, SPACE, many, start),
+    }
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of every call in every round."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter_ns()
+            call()
+            samples[name].append((time.perf_counter_ns() - begin) / 1e3)
+    return {name: values[rounds // 10 :] for name, values in samples.items()}
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=10, help="Calls of each.")] = 1000,
+    hidden: Annotated[int, typer.Option(help="Width of the network.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+) -> None:
+    """Verify, then time one decision of the policy."""
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        samples = measure(contestants(hidden), rounds)
+    rows = []
+    for name, values in samples.items():
+        low, median, high = quartiles(values)
+        ratio = quartiles(ratios(values, samples["runner"]))[1]
+        rows.append(
+            {"variant": name, "median_us": median, "quartiles_us": [low, high], "ratio": ratio}
+        )
+    table = Table(title=f"One decision, {hidden} wide, one thread")
+    for heading in ("variant", "median µs", "quartiles", "to runner"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        low, high = row["quartiles_us"]
+        table.add_row(
+            row["variant"],
+            f"{row['median_us']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{row['ratio']:.1f}",
+        )
+    Console().print(table)
+    commit, dirty = machine.commit()
+    device = torch.device("cpu")
+    name = f"decision-{commit}{'-dirty' if dirty else ''}.json"
+    document = {
+        "schema": 1,
+        "suite": "decision",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "machine": machine.device_slug(device),
+        "machine_details": machine.describe(device),
+        "versions": machine.versions(()),
+        "hidden": hidden,
+        "rows": rows,
+    }
+    report.write_json((out or RESULTS / machine.device_slug(device)) / name, document)
+
+
+if __name__ == "__main__":
+    typer.run(main)
