@@ -47,6 +47,10 @@ class CpuBackend:
         _check_layout(layout)
         self.layout = layout
         self._shapes = [(p.shape, p.stride()) for p in layout.params]
+        # gradients of the last step: where they were and what, and as the extension reads that
+        self._found: list[tuple[int, torch.dtype] | None] = []
+        self._addresses: list[int] = []
+        self._codes: list[int] = []
         signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * len(layout.params)
         self._step = _C.Step(
             tensors=[
@@ -87,24 +91,27 @@ class CpuBackend:
             raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
         if statistics is not None:
             _check_table(statistics, (len(grads), len(STATISTICS)), "statistics")
-        addresses, dtypes = [], []
-        for index, grad in enumerate(grads):
-            if grad is None:
-                addresses.append(0)
-                dtypes.append(_C.NO_GRADIENT)
-                continue
-            shape, stride = self._shapes[index]
-            code = _DTYPE_CODES.get(grad.dtype)
-            if code is None or not grad.is_cpu or grad.shape != shape or grad.stride() != stride:
-                code = _check_grad(grad, self.layout.params[index], index)
-            addresses.append(grad.data_ptr())
-            dtypes.append(code)
+        found = [None if grad is None else (grad.data_ptr(), grad.dtype) for grad in grads]
+        if found != self._found:  # checked whenever one has moved or changed its kind
+            codes = [self._code_of(index, grad) for index, grad in enumerate(grads)]
+            self._addresses = [0 if at is None else at[0] for at in found]
+            self._codes, self._found = codes, found
         self._step.run(
-            addresses,
-            dtypes,
+            self._addresses,
+            self._codes,
             0 if statistics is None else statistics.data_ptr(),
             torch.get_num_threads(),
         )
+
+    def _code_of(self, index: int, grad: torch.Tensor | None) -> int:
+        """The dtype code of a gradient that fits its parameter."""
+        if grad is None:
+            return _C.NO_GRADIENT
+        shape, stride = self._shapes[index]
+        code = _DTYPE_CODES.get(grad.dtype)
+        if code is None or not grad.is_cpu or grad.shape != shape or grad.stride() != stride:
+            return _check_grad(grad, self.layout.params[index], index)
+        return code
 
 
 def _group_options(options: StepOptions) -> _C.GroupOptions:
