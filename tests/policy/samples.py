@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 
 from lhopt_fused.actions import ACTIONS, ActionSpace
+from lhopt_fused.ciao import LHOPT_START
 from lhopt_fused.policy import FEATURES, LearnedPolicy, NetworkShape, Observation, PolicyNetwork
 from lhopt_fused.policy.base import RunObservation
 from lhopt_fused.types import HYPERPARAMETERS
 
-START = {
-    "lr": 1e-3,
-    "ombeta1": 0.1,
-    "ombeta2": 1e-2,
-    "epsilon": 1e-6,
-    "weight_decay": 1e-2,
-    "group_clip_grad_norm": 0.8,
-    "grad_clip_ombeta": 1e-2,
-    "lamb_update_norm_ombeta": 0.05,
-}
+START = {name: float(LHOPT_START[name]) for name in HYPERPARAMETERS}
 SPACE = ActionSpace(ACTIONS, registers=True)
 START_ROW = torch.tensor([START[name] for name in HYPERPARAMETERS], dtype=torch.float64)
 
