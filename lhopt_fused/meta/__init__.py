@@ -1,0 +1,1 @@
+"""Learning the policy: tasks, environment, reward and PPO."""

@@ -1,0 +1,29 @@
+"""The inner tasks of meta-training: families of small problems, run in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from lhopt_fused.meta.tasks.base import (
+    PRIVILEGED,
+    PRIVILEGED_NAMES,
+    Split,
+    TaskBatch,
+    TaskFamily,
+)
+from lhopt_fused.meta.tasks.quadratic import QuadraticFamily
+
+__all__ = [
+    "FAMILIES",
+    "PRIVILEGED",
+    "PRIVILEGED_NAMES",
+    "Split",
+    "TaskBatch",
+    "TaskFamily",
+]
+
+FAMILIES: Final[Mapping[str, type[TaskFamily]]] = {
+    family.name: family for family in (QuadraticFamily,)
+}
+"""The families that policies are trained on, by name."""
