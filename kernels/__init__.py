@@ -35,10 +35,10 @@ class StepBackend(Protocol):
             statistics: float64 ``[T, len(STATISTICS)]`` on the layout's device to be filled, or
                 ``None`` where no statistics are wanted in this step.
 
-        A NaN or inf in any gradient adds one to ``layout.skipped_steps`` and marks its tensor in
-        ``statistics``. Nothing else is written then (no tensor has ``taken``), or, with
-        ``layout.masks_nonfinite``, the step leaves just those elements of parameter and state
-        alone and keeps them out of every sum but ``param_sq``.
+        A NaN or inf in any gradient adds one to its run's ``layout.skipped_steps`` and marks its
+        tensor in ``statistics``. Nothing else of that run is written then (no tensor has
+        ``taken``), or, with ``layout.masks_nonfinite``, the step leaves just those elements of
+        parameter and state alone and keeps them out of every sum but ``param_sq``.
         """
 
 

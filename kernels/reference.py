@@ -221,8 +221,11 @@ class ReferenceBackend:
         layout = self.layout
         if statistics is not None:
             statistics.zero_()
-        if self._skip(grads, statistics):
-            return
+        skipped = self._skipped_runs(grads, statistics)
+        grads = [
+            None if layout.run_of[group] in skipped else grad
+            for grad, group in zip(grads, layout.group_of, strict=True)
+        ]
         scalars = [dict(zip(SCALARS, row, strict=True)) for row in layout.scalars.tolist()]
         clips = [self._clip(group, grads, scalars[group]) for group in range(len(scalars))]
         for index, grad in enumerate(grads):
@@ -250,18 +253,22 @@ class ReferenceBackend:
                 values = [measured[name] for name in STATISTICS]
                 statistics[index].copy_(torch.tensor(values, dtype=torch.float64))
 
-    def _skip(self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None) -> bool:
-        """Count and mark gradients with NaN or inf; whether the step is to be left out."""
+    def _skipped_runs(
+        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None
+    ) -> set[int]:
+        """Count and mark gradients with NaN or inf; the runs whose step is to be left out."""
+        layout = self.layout
         bad = [
             index
             for index, grad in enumerate(grads)
             if grad is not None and not bool(torch.isfinite(grad).all())
         ]
-        if bad:
-            self.layout.skipped_steps += 1
-            if statistics is not None:
-                statistics[bad, STATISTICS.index("grad_nonfinite")] = 1.0
-        return bool(bad) and not self.layout.masks_nonfinite
+        runs = {layout.run_of[layout.group_of[index]] for index in bad}
+        for run in runs:
+            layout.skipped_steps[run] += 1
+        if statistics is not None:
+            statistics[bad, STATISTICS.index("grad_nonfinite")] = 1.0
+        return set() if layout.masks_nonfinite else runs
 
     def _clip(
         self, group: int, grads: Sequence[torch.Tensor | None], scalars: dict[str, float]

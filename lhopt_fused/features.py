@@ -95,50 +95,60 @@ def tensor_features(
     return torch.where(measured[..., None], stacked, nan[..., None])
 
 
-def mean_features(features: torch.Tensor, group_of: torch.Tensor, groups: int) -> torch.Tensor:
-    """Mean over the tensors of each group, then over groups, of what was measured.
+def mean_features(
+    features: torch.Tensor, group_of: torch.Tensor, run_of: torch.Tensor, runs: int
+) -> torch.Tensor:
+    """Mean over the tensors of each group, then over the groups of each run, of what was measured.
 
     Args:
         features: float64 ``[..., T, F]``, NaN where not measured.
-        group_of: int64 ``[T]`` with values below ``groups``.
+        group_of: int64 ``[T]``, group of each tensor.
+        run_of: int64 ``[G]``, run of each group, below ``runs``.
 
     Returns:
-        float64 ``[..., F]``, NaN where no tensor measured the feature.
+        float64 ``[..., runs, F]``, NaN where no tensor measured the feature.
     """
-    measured = ~features.isnan()
-    shape = (*features.shape[:-2], groups, features.shape[-1])
-    totals = features.new_zeros(shape).index_add_(-2, group_of, features.nan_to_num(nan=0.0))
-    counts = features.new_zeros(shape).index_add_(-2, group_of, measured.to(features.dtype))
-    return (totals / counts).nanmean(dim=-2)
+    return _mean_by(_mean_by(features, group_of, len(run_of)), run_of, runs)
 
 
-def step_norms(statistics: torch.Tensor) -> torch.Tensor:
-    """Norms over all tensors of each inner step, see :data:`STEP_NORMS`.
+def _mean_by(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """Means ``[..., size, F]`` of the rows of ``x``, ``[..., N, F]``, that share an index."""
+    measured = ~x.isnan()
+    zeros = x.new_zeros(*x.shape[:-2], size, x.shape[-1])
+    totals = zeros.index_add(-2, index, x.nan_to_num(nan=0.0))
+    return totals / zeros.index_add(-2, index, measured.to(x.dtype))
+
+
+def step_norms(statistics: torch.Tensor, run_of: torch.Tensor, runs: int) -> torch.Tensor:
+    """Norms over all tensors of each run in each inner step, see :data:`STEP_NORMS`.
 
     Args:
         statistics: float64 ``[..., T, len(STATISTICS)]``.
+        run_of: int64 ``[T]``, run of each tensor, below ``runs``.
 
     Returns:
-        float64 ``[..., 2]``, NaN where no tensor took part.
+        float64 ``[..., runs, 2]``, NaN where no tensor took part.
     """
     s = dict(zip(STATISTICS, statistics.unbind(-1), strict=True))
-    squares = torch.stack([s["step_size"].square() * s["update_sq"], s["param_sq"]], dim=-1)
-    taken = (s["taken"] > 0)[..., None]
-    total = torch.where(taken, squares, 0.0).sum(-2)
-    return torch.where(taken.any(-2), total.sqrt(), torch.nan)
+    taken = (s["taken"] > 0).to(statistics.dtype)
+    squares = torch.stack([s["step_size"].square() * s["update_sq"], s["param_sq"], taken], dim=-1)
+    squares = torch.where(taken[..., None] > 0, squares, 0.0)
+    zeros = squares.new_zeros(*squares.shape[:-2], runs, squares.shape[-1])
+    totals = zeros.index_add(-2, run_of, squares)
+    return torch.where(totals[..., 2:] > 0, totals[..., :2].sqrt(), torch.nan)
 
 
 class FeatureAccumulator:
-    """Means of the features over the inner steps since the last :meth:`pop`.
+    """Means of the features of each run over the inner steps since the last :meth:`pop`.
 
     Steps leave their statistics in a small ring; it is folded into sums when it is full or asked
     for, so that finishing the features costs next to nothing per step and memory stays constant.
-    A backend that finishes features on its device (for CUDA graphs) passes ``accumulate``, which
-    adds one step's features to the sums; the ring has one place then.
+    A backend that finishes features itself passes ``accumulate``, which adds one step's features
+    to the sums; the ring has one place then.
 
     Attributes:
-        sums: float64 ``[2, 18]``: sum and number of measured steps of each of :data:`ACCUMULATED`,
-            once folded.
+        sums: float64 ``[2, R, 18]``: sum and number of measured steps of each of
+            :data:`ACCUMULATED` in each run, once folded.
     """
 
     def __init__(
@@ -151,7 +161,8 @@ class FeatureAccumulator:
         tensors = len(layout.params)
         # folded at once: enough to spread the cost of small operations, too few to be worth threads
         capacity = 1 if accumulate is not None else min(16, max(1, 2048 // tensors))
-        self.sums = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64, device=device)
+        runs = len(layout.skipped_steps)
+        self.sums = torch.zeros(2, runs, len(ACCUMULATED), dtype=torch.float64, device=device)
         self._ring = torch.zeros(
             capacity, tensors, len(STATISTICS), dtype=torch.float64, device=device
         )
@@ -160,7 +171,7 @@ class FeatureAccumulator:
             [p.numel() for p in layout.params], dtype=torch.float64, device=device
         )
         self._group_of = torch.tensor(layout.group_of, device=device)
-        self._groups = len(layout.options)
+        self._run_of = torch.tensor(layout.run_of, device=device)
         group_clips = torch.tensor([o.clip is not Clip.NONE for o in layout.options], device=device)
         self._clips = group_clips[self._group_of]
 
@@ -186,25 +197,23 @@ class FeatureAccumulator:
     def _fold(self) -> None:
         statistics = self._ring[: self._used]
         features = tensor_features(statistics, self._numel, self._clips)
-        means = mean_features(features, self._group_of, self._groups)
-        steps = torch.cat([means, step_norms(statistics)], dim=-1)
+        runs = self.sums.shape[1]
+        means = mean_features(features, self._group_of, self._run_of, runs)
+        norms = step_norms(statistics, self._run_of[self._group_of], runs)
+        steps = torch.cat([means, norms], dim=-1)
         # one step after the other, so that the sum does not depend on when the ring is folded
         for value, measured in zip(steps.nan_to_num(nan=0.0), ~steps.isnan(), strict=True):
             self.sums[0] += value
             self.sums[1] += measured
         self._used = 0
 
-    def pop(self, *along: torch.Tensor) -> tuple[dict[str, float], list[float]]:
-        """Means of :data:`ACCUMULATED` since the last call, NaN where not measured; starts anew.
-
-        Args:
-            along: 0-dim or 1-d float64 tensors on the same device that come over in the same copy.
+    def pop(self) -> torch.Tensor:
+        """Means of :data:`ACCUMULATED` since the last call, and start anew.
 
         Returns:
-            The means by name, and the numbers that came along.
+            float64 ``[R, 18]`` on the layout's device, NaN where not measured.
         """
         sums = self.folded_sums()
-        numbers = torch.cat([sums[0] / sums[1], *(x.reshape(-1) for x in along)]).tolist()
-        self.sums.zero_()
-        size = len(ACCUMULATED)
-        return dict(zip(ACCUMULATED, numbers[:size], strict=True)), numbers[size:]
+        means = sums[0] / sums[1]
+        sums.zero_()
+        return means

@@ -222,6 +222,7 @@ def bind_layout(
         group_of=group_of,
         is_vector=[p.dim() <= 1 for p in params],
         options=options,
+        run_of=[0] * len(groups),
         scalars=table(len(groups), len(SCALARS)),
         group_state=table(len(groups), len(GROUP_STATE)),
         tensor_state=table(len(params), len(TENSOR_STATE)),

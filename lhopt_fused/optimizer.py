@@ -245,12 +245,23 @@ class MeasuredOptimizer(Optimizer):
         return {name: means[name] for name in names}
 
     def _pop_measured(self, *along: torch.Tensor) -> tuple[dict[str, float], list[float]]:
-        """Begin a new outer step; see :meth:`FeatureAccumulator.pop`."""
+        """Begin a new outer step.
+
+        Args:
+            along: float64 tensors on the parameters' device that come over in the same copy.
+
+        Returns:
+            Means of :data:`ACCUMULATED` by name, NaN where not measured, and what came along.
+        """
         self._inner_step = 0
+        size = len(ACCUMULATED)
         if self._run is not None:
-            return self._run.features.pop(*along)
-        numbers = [number for tensor in along for number in tensor.reshape(-1).tolist()]
-        return dict.fromkeys(ACCUMULATED, math.nan), numbers
+            means = self._run.features.pop()[0]
+        else:
+            device = self._all_params()[0].device
+            means = torch.full((size,), math.nan, dtype=torch.float64, device=device)
+        numbers = torch.cat([means, *(x.reshape(-1) for x in along)]).tolist()
+        return dict(zip(ACCUMULATED, numbers[:size], strict=True)), numbers[size:]
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Raw sums of every tensor in the last inner step with statistics.

@@ -178,9 +178,11 @@ class StepOptions:
 class StepLayout:
     """All tensors of one optimizer, flat over its groups, as a backend steps them.
 
-    T tensors in G groups, on one device. Parameters, moments and gradients are dense, share the
-    memory order of their parameter, and never overlap; the small tables are float64, contiguous
-    and on the same device. A backend reads ``scalars`` and gradients and writes everything else.
+    T tensors in G groups of R training runs, on one device. An optimizer is one run; meta-training
+    steps many side by side, which share nothing: a gradient that is not finite skips the step of
+    its own run. Parameters, moments and gradients are dense, share the memory order of their
+    parameter, and never overlap; the small tables are float64, contiguous and on the same device.
+    A backend reads ``scalars`` and gradients and writes everything else.
     """
 
     params: list[torch.Tensor]
@@ -190,10 +192,11 @@ class StepLayout:
     group_of: list[int]  # [T]
     is_vector: list[bool]  # [T] parameter with dim() <= 1
     options: list[StepOptions]  # [G]
+    run_of: list[int]  # [G] 0 to R - 1
     scalars: torch.Tensor  # [G, len(SCALARS)]
     group_state: torch.Tensor  # [G, len(GROUP_STATE)]
     tensor_state: torch.Tensor  # [T, len(TENSOR_STATE)]
-    skipped_steps: torch.Tensor  # [1] int64: steps in which a gradient was not finite
+    skipped_steps: torch.Tensor  # [R] int64: steps in which a gradient was not finite
     masks_nonfinite: bool = False  # step around non-finite elements instead of skipping the step
 
     @property

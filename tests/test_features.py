@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lhopt_fused import EXTRA_FEATURES, INNER_FEATURES
-from lhopt_fused.features import mean_features, tensor_features
+from lhopt_fused.features import mean_features, step_norms, tensor_features
 from lhopt_fused.types import STATISTICS
 
 
@@ -122,10 +122,24 @@ def test_the_scale_of_parameters_and_updates_does_not_matter(seed: int, scale: f
 def test_means_are_over_tensors_then_groups_and_leave_out_what_was_not_measured() -> None:
     values = torch.tensor([[1.0], [3.0], [10.0], [torch.nan]], dtype=torch.float64)
     of = torch.tensor([0, 0, 1, 1])
-    assert mean_features(values, of, 2).tolist() == [6.0]
-    assert mean_features(values[None].expand(5, 4, 1), of, 2).shape == (5, 1)
+    one_run, two_runs = torch.tensor([0, 0]), torch.tensor([0, 1])
+    assert mean_features(values, of, one_run, 1).tolist() == [[6.0]]
+    assert mean_features(values, of, two_runs, 2).tolist() == [[2.0], [10.0]]
+    assert mean_features(values[None].expand(5, 4, 1), of, one_run, 1).shape == (5, 1, 1)
     nothing = torch.full((4, 1), torch.nan, dtype=torch.float64)
-    assert mean_features(nothing, of, 2).isnan().all()
+    assert mean_features(nothing, of, one_run, 1).isnan().all()
+
+
+def test_norms_are_over_all_tensors_of_a_run() -> None:
+    table = torch.zeros(3, len(STATISTICS), dtype=torch.float64)
+    table[:2, STATISTICS.index("taken")] = 1.0
+    table[:, STATISTICS.index("step_size")] = 0.5
+    table[:, STATISTICS.index("update_sq")] = torch.tensor([36.0, 64.0, 1.0])
+    table[:, STATISTICS.index("param_sq")] = torch.tensor([9.0, 16.0, 1.0])
+    assert step_norms(table, torch.tensor([0, 0, 0]), 1).tolist() == [[5.0, 5.0]]
+    apart = step_norms(table, torch.tensor([0, 1, 2]), 3)
+    assert apart[:2].tolist() == [[3.0, 3.0], [4.0, 4.0]]
+    assert apart[2].isnan().all()
 
 
 def test_what_was_not_measured_is_nan() -> None:

@@ -105,6 +105,7 @@ def make_layout(
         group_of=[index % groups for index in range(len(params))],
         is_vector=[p.dim() <= 1 for p in params],
         options=[options] * groups,
+        run_of=[0] * groups,
         scalars=torch.tensor([row] * groups, dtype=torch.float64),
         group_state=torch.zeros(groups, len(GROUP_STATE), dtype=torch.float64),
         tensor_state=torch.zeros(len(params), len(TENSOR_STATE), dtype=torch.float64),

@@ -110,6 +110,7 @@ def make_layout(
         group_of=list(group_of) if group_of else [0] * len(params),
         is_vector=[p.dim() <= 1 for p in params],
         options=groups,
+        run_of=[0] * len(groups),
         scalars=torch.tensor([row] * len(groups), dtype=torch.float64),
         group_state=zeros(len(groups), len(GROUP_STATE)),
         tensor_state=zeros(len(params), len(TENSOR_STATE)),
@@ -417,10 +418,10 @@ def test_features_are_accumulated_on_the_device() -> None:
     options = [OPTIONS["lhopt"], OPTIONS["adamw"]]
     layout = to_device(make_layout(options, ((33, 9), (7,), (0, 3), (5, 5)), group_of=(0, 1, 0, 0)))
     backend = get_backend("triton", layout)
-    sums = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64, device=DEVICE)
-    expected = torch.zeros(2, len(ACCUMULATED), dtype=torch.float64)
+    sums = torch.zeros(2, 1, len(ACCUMULATED), dtype=torch.float64, device=DEVICE)
+    expected = torch.zeros(2, 1, len(ACCUMULATED), dtype=torch.float64)
     numel = torch.tensor([float(p.numel()) for p in layout.params], dtype=torch.float64)
-    group_of = torch.tensor(layout.group_of)
+    group_of, run_of = torch.tensor(layout.group_of), torch.tensor(layout.run_of)
     clips = torch.tensor([layout.options[g].clip is not Clip.NONE for g in layout.group_of])
     table = torch.zeros(4, len(STATISTICS), dtype=torch.float64, device=DEVICE)
     for step in range(5):
@@ -428,11 +429,13 @@ def test_features_are_accumulated_on_the_device() -> None:
         backend.step(to_device(grads), table)
         backend.accumulate_features(table, sums)
         features = tensor_features(table.cpu(), numel, clips)
-        means = torch.cat([mean_features(features, group_of, 2), step_norms(table.cpu())])
+        means = mean_features(features, group_of, run_of, 1)
+        norms = step_norms(table.cpu(), torch.zeros(4, dtype=torch.int64), 1)
+        means = torch.cat([means, norms], dim=-1)
         expected[0] += means.nan_to_num(nan=0.0)
         expected[1] += ~means.isnan()
     assert torch.equal(sums[1].cpu(), expected[1])
-    assert expected[1].tolist()[:2] == [4.0, 4.0]
+    assert expected[1, 0].tolist()[:2] == [4.0, 4.0]
     # Phi takes erf here, not erfc: 1e-16 in a probability of 1e-8 is 1e-8 in its logit
     tolerance = Tolerance(1e-8, 1e-8)
     assert_close(sums[0], expected[0], tolerance, expected[0].abs())

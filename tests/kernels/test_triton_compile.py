@@ -148,6 +148,7 @@ def make_layout(name: str) -> StepLayout:
         group_of=[0] * count,
         is_vector=[False] * count,
         options=[options],
+        run_of=[0],
         scalars=zeros(1, len(SCALARS)),
         group_state=zeros(1, len(GROUP_STATE)),
         tensor_state=zeros(count, len(TENSOR_STATE)),
