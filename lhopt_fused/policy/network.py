@@ -102,13 +102,18 @@ class InputNormalisation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., features]`` to the same shape."""
         if self.training:
-            self._take_in(x.detach().flatten(0, -2))
+            self.take_in(x)
+        return self.normalise(x)
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """By the statistics as they are, in either mode; ``[..., features]`` to the same shape."""
         scaled = (x - self.mean) * (self.var + NORM_EPSILON).rsqrt()
         return scaled.clamp(-NORM_CLIP, NORM_CLIP)
 
     @torch.no_grad()
-    def _take_in(self, batch: torch.Tensor) -> None:
-        """Move the statistics by one batch, ``[B, features]``."""
+    def take_in(self, batch: torch.Tensor) -> None:
+        """Move the statistics by one batch, ``[..., features]``, in either mode."""
+        batch = batch.flatten(0, -2)
         self.total_weight.mul_(NORM_BETA).add_(1.0 - NORM_BETA)
         rate = (1.0 - NORM_BETA) / self.total_weight
         var, mean = torch.var_mean(batch, dim=0, correction=0)
@@ -141,7 +146,16 @@ class LayerNormLSTMCell(nn.Module):
 
     def forward(self, x: torch.Tensor, state: LSTMState) -> LSTMState:
         """``x`` is ``[..., hidden]``; the output is the new state's ``h``."""
-        gates = self.input_norm(self.input(x)) + self.recurrent_norm(self.recurrent(state.h))
+        return self.recur(self.read(x), state)
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """The input's share of the gates, ``[..., 4 hidden]``: what needs no memory."""
+        gates: torch.Tensor = self.input_norm(self.input(x))
+        return gates
+
+    def recur(self, read: torch.Tensor, state: LSTMState) -> LSTMState:
+        """The new state from the input's share of the gates."""
+        gates = read + self.recurrent_norm(self.recurrent(state.h))
         i, f, g, o = gates.chunk(4, dim=-1)
         c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
         return LSTMState(o.sigmoid() * self.cell_norm(c).tanh(), c)
