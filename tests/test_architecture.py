@@ -32,6 +32,18 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"lhopt", "policy", "history"},
     "demo": {"types", "actions", "adamw", "ciao", "lhopt", "optimizer", "policy", "history"},
     "policy_command": {"actions", "policy"},
+    "meta": {
+        "types",
+        "features",
+        "kernels",
+        "layout",
+        "actions",
+        "cdf",
+        "policy",
+        "ciao",
+        "adamw",
+        "lhopt",
+    },
     "cli": {"demo", "history", "policy_command", "_C", "__init__"},
     "__init__": {"types", "adamw", "ciao", "lhopt"},
 }
