@@ -106,9 +106,17 @@ TensorSpec MakeTensor(uintptr_t param, int dtype, int64_t size, uintptr_t exp_av
 // A step and its buffers for the addresses that come with each call.
 class PyStep {
  public:
-  PyStep(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, uintptr_t scalars,
-         uintptr_t group_state, uintptr_t tensor_state, uintptr_t skipped_steps,
-         bool masks_nonfinite) {
+  PyStep(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
+         std::vector<int32_t> run_of, int32_t num_runs, uintptr_t scalars, uintptr_t group_state,
+         uintptr_t tensor_state, uintptr_t skipped_steps, bool masks_nonfinite) {
+    Require(run_of.size() == groups.size(), "run_of has " + std::to_string(run_of.size()) +
+                                                " entries for " + std::to_string(groups.size()) +
+                                                " groups");
+    for (size_t i = 0; i < run_of.size(); ++i) {
+      Require(run_of[i] >= 0 && run_of[i] < num_runs,
+              At("run_of", i) + " is " + std::to_string(run_of[i]) + ", but there are " +
+                  std::to_string(num_runs) + " runs");
+    }
     for (size_t i = 0; i < tensors.size(); ++i) {
       Require(tensors[i].group >= 0 && static_cast<size_t>(tensors[i].group) < groups.size(),
               At("tensors", i) + ".group is " + std::to_string(tensors[i].group) +
@@ -123,8 +131,8 @@ class PyStep {
                         table(tensor_state, "tensor_state"),
                         RequiredPointer<int64_t>(skipped_steps, "skipped_steps")};
     gradients_.resize(tensors.size());
-    step_ = std::make_unique<Step>(std::move(tensors), std::move(groups), tables, masks_nonfinite,
-                                   ActiveKernels());
+    step_ = std::make_unique<Step>(std::move(tensors), std::move(groups), std::move(run_of),
+                                   num_runs, tables, masks_nonfinite, ActiveKernels());
   }
 
   // `grads`: address of each tensor's gradient; `dtypes`: its dtype code, kNoGradient for none.
@@ -173,11 +181,11 @@ void BindStep(py::module_& m) {
            py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("grad_signs"),
            py::arg("group"), py::arg("is_vector"));
   py::class_<PyStep>(m, "Step", "One optimizer step over all tensors of all groups.")
-      .def(py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, uintptr_t, uintptr_t,
-                    uintptr_t, uintptr_t, bool>(),
-           py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("scalars"),
-           py::arg("group_state"), py::arg("tensor_state"), py::arg("skipped_steps"),
-           py::arg("masks_nonfinite"))
+      .def(py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, std::vector<int32_t>,
+                    int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool>(),
+           py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("run_of"),
+           py::arg("num_runs"), py::arg("scalars"), py::arg("group_state"), py::arg("tensor_state"),
+           py::arg("skipped_steps"), py::arg("masks_nonfinite"))
       .def("run", &PyStep::Run, py::arg("grads"), py::arg("dtypes"), py::arg("statistics"),
            py::arg("num_threads"))
       .def_property_readonly("isa", &PyStep::isa);

@@ -37,31 +37,40 @@ int64_t ChunkSize(int64_t elements) {
 
 }  // namespace
 
-Step::Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, const Tables& tables,
+Step::Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
+           std::vector<int32_t> run_of, int32_t num_runs, const Tables& tables,
            bool masks_nonfinite, const Kernels& kernels)
     : specs_(std::move(tensors)),
       groups_(std::move(groups)),
+      run_of_(std::move(run_of)),
       tables_(tables),
       masks_nonfinite_(masks_nonfinite),
       kernels_(kernels),
       tensors_(new Tensor[specs_.size()]),
       group_sum_sq_(groups_.size()),
       clips_(groups_.size()),
-      group_takes_part_(groups_.size()) {
+      group_takes_part_(groups_.size()),
+      run_is_bad_(num_runs),
+      run_skips_(num_runs) {
   CutChunks();
 }
 
 void Step::CutChunks() {
   int64_t elements = 0;
-  for (const TensorSpec& spec : specs_) elements += spec.size;
-  chunk_size_ = ChunkSize(elements);
+  std::vector<int64_t> run_elements(run_skips_.size());
+  for (const TensorSpec& spec : specs_) {
+    elements += spec.size;
+    run_elements[run_of_[spec.group]] += spec.size;
+  }
+  ticket_size_ = ChunkSize(elements);
   for (size_t t = 0; t < specs_.size(); ++t) {
     const int64_t size = specs_[t].size;
+    const int64_t chunk_size = ChunkSize(run_elements[RunOf(static_cast<int32_t>(t))]);
     tensors_[t].first_chunk = static_cast<int32_t>(chunks_.size());
     int64_t begin = 0;
     do {  // an empty tensor has one chunk too, to be finished by
-      chunks_.push_back({static_cast<int32_t>(t), begin, std::min(chunk_size_, size - begin)});
-      begin += chunk_size_;
+      chunks_.push_back({static_cast<int32_t>(t), begin, std::min(chunk_size, size - begin)});
+      begin += chunk_size;
     } while (begin < size);
     tensors_[t].end_chunk = static_cast<int32_t>(chunks_.size());
   }
@@ -71,15 +80,15 @@ void Step::CutChunks() {
 
 // ---- Planning: which tickets a step has, given how each tensor takes part ----
 
-// Calls `emit(first_chunk, end_chunk)` for runs of about one chunk size of present elements.
+// Calls `emit(first_chunk, end_chunk)` for stretches of about one ticket of present elements.
 template <class Emit>
-void Step::ForTicketRuns(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const {
+void Step::ForTickets(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const {
   int32_t first = tensors_[first_tensor].first_chunk;
   int64_t elements = 0;
   const int32_t end = tensors_[end_tensor - 1].end_chunk;
   for (int32_t chunk = first; chunk < end; ++chunk) {
     if (modes_[chunks_[chunk].tensor] != Mode::kAbsent) elements += chunks_[chunk].size;
-    const bool full = chunk + 1 == end || elements + chunks_[chunk + 1].size > chunk_size_;
+    const bool full = chunk + 1 == end || elements + chunks_[chunk + 1].size > ticket_size_;
     if (full) {
       if (elements > 0 || chunk + 1 == end) emit(first, chunk + 1);
       first = chunk + 1;
@@ -103,7 +112,7 @@ void Step::PlanGradientTickets() {
     any |= modes_[t] != Mode::kAbsent && NeedsGradientPass(static_cast<int32_t>(t));
   }
   if (!any) return;
-  ForTicketRuns(0, static_cast<int32_t>(specs_.size()), [&](int32_t first, int32_t end) {
+  ForTickets(0, static_cast<int32_t>(specs_.size()), [&](int32_t first, int32_t end) {
     tickets_.push_back({Ticket::kGradient, first, end});
   });
   std::reverse(tickets_.begin(), tickets_.end());
@@ -128,7 +137,7 @@ void Step::PlanMomentsTickets() {
       elements += specs_[end++].size;
     }
     lag = kLag;
-    ForTicketRuns(first, end, [&](int32_t first_chunk, int32_t end_chunk) {
+    ForTickets(first, end, [&](int32_t first_chunk, int32_t end_chunk) {
       if (lag-- == 0) flush();
       tickets_.push_back({Ticket::kMoments, first_chunk, end_chunk});
     });
@@ -183,12 +192,14 @@ void Step::Run(const std::vector<Gradient>& gradients, double* statistics, int n
   const int64_t useful_threads = 1 + elements / kElementsPerThread;
   ThreadPool::Instance().Run(static_cast<int>(std::min<int64_t>(num_threads, useful_threads)),
                              [this] { Work(); });
-  if (masks_nonfinite_ && FindNonfinite()) ++*tables_.skipped_steps;
+  if (masks_nonfinite_) FindNonfinite();
+  CountSkips();
 }
 
 void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
   statistics_ = statistics;
-  skips_ = false;
+  std::fill(run_is_bad_.begin(), run_is_bad_.end(), 0);
+  std::fill(run_skips_.begin(), run_skips_.end(), 0);
   bool replan = modes_.empty();
   modes_.resize(specs_.size());
   for (size_t i = 0; i < specs_.size(); ++i) {
@@ -223,9 +234,8 @@ void Step::Work() {
       continue;
     }
     SpinUntil([this] { return prepared_.load(std::memory_order_acquire); });
-    if (skips_) return;
     for (int32_t chunk = ticket.first_chunk; chunk < ticket.end_chunk; ++chunk) {
-      if (modes_[chunks_[chunk].tensor] == Mode::kAbsent) continue;
+      if (!TakesPart(chunks_[chunk].tensor)) continue;
       ticket.kind == Ticket::kMoments ? RunMoments(chunk) : RunApply(chunk);
     }
   }
@@ -245,31 +255,36 @@ void Step::RunGradientTicket(const Ticket& ticket) {
 // ---- Between the passes: one thread, everything that is per tensor or per group ----
 
 void Step::Prepare() {
-  skips_ = !masks_nonfinite_ && FindNonfinite();
-  if (skips_) {
-    ++*tables_.skipped_steps;
-  } else {
-    ClipGroups();
-    for (size_t t = 0; t < specs_.size(); ++t) {
-      if (modes_[t] != Mode::kAbsent) PrepareTensor(static_cast<int32_t>(t));
-    }
+  if (!masks_nonfinite_) {
+    FindNonfinite();
+    run_skips_ = run_is_bad_;
+  }
+  ClipGroups();
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const auto t = static_cast<int32_t>(i);
+    if (TakesPart(t)) PrepareTensor(t);
   }
   prepared_.store(true, std::memory_order_release);
 }
 
-// Marks the tensors whose gradient holds NaN or inf, and says whether there are any.
-bool Step::FindNonfinite() {
-  bool any = false;
+// Marks the tensors whose gradient holds NaN or inf, and their runs.
+void Step::FindNonfinite() {
   for (size_t t = 0; t < specs_.size(); ++t) {
     if (modes_[t] == Mode::kAbsent) continue;
     const Tensor& tensor = tensors_[t];
     const bool bad = std::any_of(gradient_sums_.begin() + tensor.first_chunk,
                                  gradient_sums_.begin() + tensor.end_chunk,
                                  [](const GradientSum& sum) { return sum.nonfinite; });
-    if (bad && statistics_ != nullptr) statistics_[t * kNumStatistics + kGradNonfinite] = 1.0;
-    any |= bad;
+    if (!bad) continue;
+    run_is_bad_[RunOf(static_cast<int32_t>(t))] = 1;
+    if (statistics_ != nullptr) statistics_[t * kNumStatistics + kGradNonfinite] = 1.0;
   }
-  return any;
+}
+
+void Step::CountSkips() {
+  for (size_t run = 0; run < run_is_bad_.size(); ++run) {
+    tables_.skipped_steps[run] += run_is_bad_[run];
+  }
 }
 
 // Of the finite elements, before clipping.
@@ -285,7 +300,7 @@ void Step::ClipGroups() {
   std::fill(group_sum_sq_.begin(), group_sum_sq_.end(), 0.0);
   std::fill(group_takes_part_.begin(), group_takes_part_.end(), 0);
   for (size_t t = 0; t < specs_.size(); ++t) {
-    if (modes_[t] == Mode::kAbsent) continue;
+    if (!TakesPart(static_cast<int32_t>(t))) continue;
     const int32_t group = specs_[t].group;
     group_takes_part_[group] = 1;
     if (groups_[group].clip == Clip::kNone) continue;

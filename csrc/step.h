@@ -1,7 +1,9 @@
 // One optimizer step over all tensors of all groups: what is done when, and by which thread.
 //
-// Tensors are cut into chunks whose size depends on the layout alone. A step is a list of tickets,
-// runs of chunks that threads take in order; a ticket only ever waits for earlier ones:
+// Groups belong to training runs that share nothing: a run takes the same step, bit by bit, beside
+// others as alone. Tensors are cut into chunks whose size depends on their run's alone. A step is a
+// list of tickets, stretches of chunks that threads take in order; a ticket only ever waits for
+// earlier ones:
 //
 //   gradient   norms and finiteness, last chunk first, so that what was read last is used first;
 //              whoever finishes the last ticket prepares every tensor's coefficients
@@ -40,7 +42,7 @@ struct Tables {
   const double* scalars;   // [groups, kNumScalars]
   double* group_state;     // [groups, kNumGroupState]
   double* tensor_state;    // [tensors, kNumTensorState]
-  int64_t* skipped_steps;  // [1]
+  int64_t* skipped_steps;  // [runs]
 };
 
 struct Gradient {
@@ -51,8 +53,10 @@ struct Gradient {
 
 class Step {
  public:
-  Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups, const Tables& tables,
-       bool masks_nonfinite, const Kernels& kernels);
+  // `run_of`: one per group, below `num_runs`.
+  Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
+       std::vector<int32_t> run_of, int32_t num_runs, const Tables& tables, bool masks_nonfinite,
+       const Kernels& kernels);
 
   // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. One call at a
   // time.
@@ -99,11 +103,15 @@ class Step {
   void PlanGradientTickets();
   void PlanMomentsTickets();
   template <class Emit>
-  void ForTicketRuns(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const;
+  void ForTickets(int32_t first_tensor, int32_t end_tensor, const Emit& emit) const;
 
   bool NeedsGradientPass(int32_t tensor) const;
   bool UsesTrust(int32_t tensor) const;
   Mode ModeOf(int32_t tensor) const;
+  bool TakesPart(int32_t tensor) const {
+    return modes_[tensor] != Mode::kAbsent && !run_skips_[RunOf(tensor)];
+  }
+  int32_t RunOf(int32_t tensor) const { return run_of_[specs_[tensor].group]; }
   Slice SliceOf(const Chunk& chunk) const;
   const GroupOptions& OptionsOf(int32_t tensor) const { return groups_[specs_[tensor].group]; }
   const double* ScalarsOf(int32_t tensor) const {
@@ -115,7 +123,8 @@ class Step {
   void Work();
   void RunGradientTicket(const Ticket& ticket);
   void Prepare();
-  bool FindNonfinite();
+  void FindNonfinite();
+  void CountSkips();
   double GradientSumSq(int32_t tensor) const;
   void ClipGroups();
   void PrepareTensor(int32_t tensor);
@@ -128,6 +137,7 @@ class Step {
 
   const std::vector<TensorSpec> specs_;
   const std::vector<GroupOptions> groups_;
+  const std::vector<int32_t> run_of_;  // [groups]
   const Tables tables_;
   const bool masks_nonfinite_;
   const Kernels& kernels_;
@@ -138,7 +148,7 @@ class Step {
   std::vector<GradientSum> gradient_sums_;    // [chunks]
   std::vector<double> group_sum_sq_, clips_;  // [groups]
   std::vector<uint8_t> group_takes_part_;     // [groups]
-  int64_t chunk_size_ = 0;
+  int64_t ticket_size_ = 0;                   // elements
 
   // The plan of the last step, kept as long as every tensor takes part in the same way.
   std::vector<Mode> modes_;  // [tensors]
@@ -147,7 +157,8 @@ class Step {
 
   // The step that is running.
   double* statistics_ = nullptr;
-  bool skips_ = false;
+  std::vector<uint8_t> run_is_bad_;  // [runs] whether a gradient holds NaN or inf
+  std::vector<uint8_t> run_skips_;   // [runs]
   std::atomic<size_t> next_ticket_{0};
   std::atomic<size_t> gradient_tickets_left_{0};
   std::atomic<bool> prepared_{false};

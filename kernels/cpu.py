@@ -67,6 +67,8 @@ class CpuBackend:
                 for index, (param, sign) in enumerate(zip(layout.params, signs, strict=True))
             ],
             groups=[_group_options(options) for options in layout.options],
+            run_of=layout.run_of,
+            num_runs=len(layout.skipped_steps),
             scalars=layout.scalars.data_ptr(),
             group_state=layout.group_state.data_ptr(),
             tensor_state=layout.tensor_state.data_ptr(),
@@ -142,10 +144,16 @@ def _check_layout(layout: StepLayout) -> None:
         if layout.grad_signs is not None:
             size = (-(-param.numel() // 8),)
             _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")
+    runs = layout.skipped_steps.numel()
+    if len(layout.run_of) != groups or not all(0 <= run < runs for run in layout.run_of):
+        raise ValueError(
+            f"layout.run_of must be one of {runs} runs (as skipped_steps has entries) for each of "
+            f"{groups} groups, got {layout.run_of}"
+        )
     _check_table(layout.scalars, (groups, len(SCALARS)), "scalars")
     _check_table(layout.group_state, (groups, len(GROUP_STATE)), "group_state")
     _check_table(layout.tensor_state, (tensors, len(TENSOR_STATE)), "tensor_state")
-    _check_tensor(layout.skipped_steps, torch.int64, (1,), "skipped_steps")
+    _check_table(layout.skipped_steps, (runs,), "skipped_steps", torch.int64)
 
 
 def _check_dtype(x: torch.Tensor, name: str) -> int:
@@ -187,7 +195,9 @@ def _check_tensor(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], n
         )
 
 
-def _check_table(x: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
-    _check_tensor(x, torch.float64, shape, name)
+def _check_table(
+    x: torch.Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.float64
+) -> None:
+    _check_tensor(x, dtype, shape, name)
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")

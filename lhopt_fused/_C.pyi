@@ -51,6 +51,8 @@ class Step:
         *,
         tensors: Sequence[TensorSpec],
         groups: Sequence[GroupOptions],
+        run_of: Sequence[int],
+        num_runs: int,
         scalars: int,
         group_state: int,
         tensor_state: int,

@@ -341,6 +341,31 @@ def test_thread_counts_and_statistics_change_no_bit(options: StepOptions, masks:
             torch.testing.assert_close(measured, first_statistics, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_run_sums_alike_in_company() -> None:
+    """What is beside it is of no matter to a run, down to the order of its sums."""
+    shapes = ((700_000,), (11, 40_000))
+    alone = make_layout(LHOPT, shapes, groups=1)
+    company = make_layout(LHOPT, (*shapes, (400_000,)), groups=1)
+    company = replace(
+        company,
+        group_of=[0, 0, 1],
+        options=[LHOPT, LHOPT],
+        scalars=company.scalars.repeat(2, 1),
+        group_state=company.group_state.repeat(2, 1),
+        skipped_steps=torch.zeros(2, dtype=torch.int64),
+    )
+    merged = copy.deepcopy(company)
+
+    def sums(layout: StepLayout, run_of: list[int]) -> torch.Tensor:
+        measured = table(layout)
+        CpuBackend(replace(layout, run_of=run_of)).step(make_grads(layout, 0), measured)
+        return measured[:2].nan_to_num(nan=-1.0)
+
+    expected = sums(alone, [0])
+    assert torch.equal(sums(company, [0, 1]), expected)
+    assert not torch.equal(sums(merged, [0, 0]), expected)
+
+
 def test_keeps_gradient_signs_without_statistics(isa: str) -> None:
     layout = make_layout(StepOptions(maximize=True))
     grads = [torch.randn(p.shape) for p in layout.params]
@@ -399,6 +424,9 @@ def test_refuses_dtypes(spoiled: dict[str, torch.dtype], message: str) -> None:
         ("grad_signs", [torch.zeros(3, dtype=torch.uint8)], r"grad_signs\[0\] must be"),
         ("scalars", torch.zeros(1, 3, dtype=torch.float64), "scalars must be torch.float64"),
         ("skipped_steps", torch.zeros(1), "skipped_steps must be torch.int64"),
+        ("skipped_steps", torch.zeros(1, 1, dtype=torch.int64), r"skipped_steps must be .* \[1\]"),
+        ("run_of", [1], "run_of must be one of 1 runs"),
+        ("run_of", [0, 0], "for each of 1 groups"),
         ("group_of", [1], r"tensors\[0\].group is 1, but there are 1 groups"),
     ],
 )
@@ -465,9 +493,19 @@ def test_the_extension_checks_what_it_is_given() -> None:
         with pytest.raises(ValueError, match=message):
             _C.TensorSpec(**{**tensor, **wrong})
     addresses = {"scalars": 64, "group_state": 64, "tensor_state": 64, "skipped_steps": 64}
-    parts = {"tensors": [_C.TensorSpec(**tensor)], "groups": [_C.GroupOptions(**group)]}
-    with pytest.raises(ValueError, match="scalars is a null pointer"):
-        _C.Step(**parts, **{**addresses, "scalars": 0}, masks_nonfinite=False)
+    parts = {
+        "tensors": [_C.TensorSpec(**tensor)],
+        "groups": [_C.GroupOptions(**group)],
+        "run_of": [0],
+        "num_runs": 1,
+    }
+    for wrong, message in (
+        ({"scalars": 0}, "scalars is a null pointer"),
+        ({"run_of": []}, "run_of has 0 entries for 1 groups"),
+        ({"run_of": [-1]}, r"run_of\[0\] is -1, but there are 1 runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.Step(**{**parts, **addresses, **wrong}, masks_nonfinite=False)
     step = _C.Step(**parts, **addresses, masks_nonfinite=False)
     for arguments, message in (
         (([], [], 0, 1), "expected 1 gradients"),

@@ -41,7 +41,7 @@ BASE = dict.fromkeys(SCALARS, 0.0) | {
 }
 
 
-def make_layout(runs: list[int]) -> StepLayout:
+def make_layout(runs: list[int], masks: bool) -> StepLayout:
     """A layout of the given runs, each with a group and parameters of its own."""
     params = [
         torch.randn(shape, generator=torch.Generator().manual_seed(10 * run + index))
@@ -62,12 +62,15 @@ def make_layout(runs: list[int]) -> StepLayout:
         group_state=torch.zeros(len(runs), len(GROUP_STATE), dtype=torch.float64),
         tensor_state=torch.zeros(len(params), len(TENSOR_STATE), dtype=torch.float64),
         skipped_steps=torch.zeros(len(runs), dtype=torch.int64),
+        masks_nonfinite=masks,
     )
 
 
-def train(backend: str, runs: list[int], bad_run: int | None) -> tuple[StepLayout, torch.Tensor]:
+def train(
+    backend: str, runs: list[int], bad_run: int | None, masks: bool
+) -> tuple[StepLayout, torch.Tensor]:
     """Six steps; in the third, a gradient of ``bad_run`` holds a NaN."""
-    layout = make_layout(runs)
+    layout = make_layout(runs, masks)
     stepper = get_backend(backend, layout)
     features = FeatureAccumulator(layout, getattr(stepper, "accumulate_features", None))
     for step in range(6):
@@ -85,10 +88,11 @@ def train(backend: str, runs: list[int], bad_run: int | None) -> tuple[StepLayou
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("bad_run", [None, 0, 2])
-def test_each_run_is_as_it_would_be_alone(backend: str, bad_run: int | None) -> None:
-    together, features = train(backend, list(range(RUNS)), bad_run)
+@pytest.mark.parametrize("masks", [False, True])
+def test_each_run_is_as_it_would_be_alone(backend: str, masks: bool, bad_run: int | None) -> None:
+    together, features = train(backend, list(range(RUNS)), bad_run, masks)
     for run in range(RUNS):
-        alone, own_features = train(backend, [run], bad_run)
+        alone, own_features = train(backend, [run], bad_run, masks)
         rows = slice(run * len(SHAPES), (run + 1) * len(SHAPES))
         for mine, theirs in zip(together.params[rows], alone.params, strict=True):
             assert torch.equal(mine, theirs)
