@@ -12,7 +12,11 @@ from lhopt_fused.meta.tasks.base import (
     TaskBatch,
     TaskFamily,
 )
+from lhopt_fused.meta.tasks.clusters import ClustersFamily
+from lhopt_fused.meta.tasks.image_mlp import ImageMLPFamily
 from lhopt_fused.meta.tasks.quadratic import QuadraticFamily
+from lhopt_fused.meta.tasks.tabular import TabularFamily
+from lhopt_fused.meta.tasks.teacher import TeacherFamily
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +28,13 @@ __all__ = [
 ]
 
 FAMILIES: Final[Mapping[str, type[TaskFamily]]] = {
-    family.name: family for family in (QuadraticFamily,)
+    family.name: family
+    for family in (
+        QuadraticFamily,
+        ImageMLPFamily,
+        TeacherFamily,
+        ClustersFamily,
+        TabularFamily,
+    )
 }
 """The families that policies are trained on, by name."""

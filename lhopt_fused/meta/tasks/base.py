@@ -119,12 +119,22 @@ class TaskFamily(ABC):
     """A distribution of tasks.
 
     Args:
-        data_dir: a folder with more data, for families that read files; others ignore it.
+        data_dir: a folder with more data: ``images/CLASS/*.{png,jpg,jpeg}``, ``text/*.txt``, or
+            both. Families that need neither take it all the same.
+
+    Raises:
+        FileNotFoundError: ``data_dir`` has neither ``images`` nor ``text``.
     """
 
     name: str
 
     def __init__(self, data_dir: Path | None = None) -> None:
+        kinds = ("images", "text")
+        if data_dir is not None and not any((data_dir / kind).is_dir() for kind in kinds):
+            raise FileNotFoundError(
+                f"{data_dir} has no folder images or text; expected {data_dir}/images/CLASS/*.png "
+                f"(or .jpg), {data_dir}/text/*.txt, or both"
+            )
         self.data_dir = data_dir
 
     @abstractmethod

@@ -68,7 +68,7 @@ class QuadraticTasks(SeededTasks):
     def init(self) -> dict[str, torch.Tensor]:
         """Starts as far from the centre as the centre is from zero."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = self.table["start"].split(sizes, dim=1)
+        parts = torch.split(self.table["start"], sizes, dim=1)
         return {
             name: part.reshape(self.runs, *shape).clone()
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
