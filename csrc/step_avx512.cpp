@@ -1,32 +1,16 @@
 // The kernels for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-#include <math.h>
-
 #include "kernels.h"
 
-// Only what follows may use these instructions: library code that this unit shares with others
-// through the linker must stay runnable everywhere, so no header but ours is included below.
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-// False alarms within the intrinsics of GCC 12.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-
 #define LHOPT_VEC_AVX512
+#include "begin_target.h"
 #include "step_kernels.h"
 
 namespace lhopt {
 LHOPT_DEFINE_KERNELS(kAvx512Kernels, "avx512");
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "end_target.h"
 
 #endif
