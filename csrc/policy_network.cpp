@@ -1,7 +1,12 @@
 #include "policy_network.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -63,36 +68,53 @@ int64_t TakeWidth(const Weights& weights, const std::string& name) {
   return rows;
 }
 
-PaddedVector TakeVector(const Weights& weights, const std::string& name, int64_t size) {
+void LoadVector(const Weights& weights, const std::string& name, int64_t size, PaddedVector& out) {
   const float* const values = Take(weights, name, {size});
-  PaddedVector vector(size);
-  std::copy(values, values + size, vector.data());
-  return vector;
+  std::copy(values, values + size, out.data());
 }
 
-// Rows [0, rows) of name.weight, and name.bias if there is one, as rows of `out` from `first` on.
-void PackInto(const Weights& weights, const std::string& name, int64_t rows, int64_t columns,
-              bool has_bias, int64_t first, PackedLinear& out) {
+// name.weight into the rows of `out` from `first` on.
+void LoadMatrix(const Weights& weights, const std::string& name, int64_t rows, int64_t columns,
+                PackedLinear& out, int64_t first = 0) {
   const float* const matrix = Take(weights, name + ".weight", {rows, columns});
-  const float* const bias = has_bias ? Take(weights, name + ".bias", {rows}) : nullptr;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
       out.at(first + row, column) = matrix[row * columns + column];
     }
-    if (has_bias) out.bias(first + row) = bias[row];
   }
 }
 
-PackedLinear Pack(const Weights& weights, const std::string& name, int64_t rows, int64_t columns,
-                  bool has_bias = true) {
-  PackedLinear linear(rows, columns);
-  PackInto(weights, name, rows, columns, has_bias, 0, linear);
-  return linear;
+// Likewise with name.bias.
+void LoadLinear(const Weights& weights, const std::string& name, int64_t rows, int64_t columns,
+                PackedLinear& out, int64_t first = 0) {
+  LoadMatrix(weights, name, rows, columns, out, first);
+  const float* const bias = Take(weights, name + ".bias", {rows});
+  for (int64_t row = 0; row < rows; ++row) out.bias(first + row) = bias[row];
 }
 
 int64_t WholePanels(int64_t size) { return (size + kPanel - 1) / kPanel * kPanel; }
 
 }  // namespace
+
+PaddedVector Arena::Take(int64_t size) {
+  const int64_t first = used_;
+  used_ += WholePanels(size);
+  return {block_ ? block_.get() + first : nullptr, used_ - first};
+}
+
+void Arena::Allocate() {
+  constexpr size_t kLine = kPanel * sizeof(float), kHugePage = size_t{2} << 20;
+  size_t bytes = static_cast<size_t>(used_) * sizeof(float);
+  const bool is_large = bytes >= kHugePage / 2;
+  if (is_large) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  const std::align_val_t alignment{is_large ? kHugePage : kLine};
+  block_ = {static_cast<float*>(::operator new(bytes, alignment)), Free{alignment}};
+#if defined(__linux__)
+  if (is_large) madvise(block_.get(), bytes, MADV_HUGEPAGE);  // where it is refused: only slower
+#endif
+  std::memset(block_.get(), 0, bytes);
+  used_ = 0;
+}
 
 PolicyNetwork::PolicyNetwork(const Weights& weights, int64_t features,
                              std::vector<int64_t> head_sizes, const PolicyKernels& kernels)
@@ -100,26 +122,18 @@ PolicyNetwork::PolicyNetwork(const Weights& weights, int64_t features,
       num_features_(features),
       hidden_(TakeWidth(weights, "pre.weight")),
       head_hidden_(TakeWidth(weights, "heads.0.down.weight")),
-      head_sizes_(std::move(head_sizes)),
-      pre_(Pack(weights, "pre", hidden_, features)),
-      lstm_input_(Pack(weights, "lstm.input", 4 * hidden_, hidden_, false)),
-      lstm_recurrent_(Pack(weights, "lstm.recurrent", 4 * hidden_, hidden_, false)),
-      post_(Pack(weights, "post", hidden_, hidden_)),
-      input_norm_scale_(TakeVector(weights, "lstm.input_norm.weight", 4 * hidden_)),
-      input_norm_shift_(TakeVector(weights, "lstm.input_norm.bias", 4 * hidden_)),
-      recurrent_norm_scale_(TakeVector(weights, "lstm.recurrent_norm.weight", 4 * hidden_)),
-      cell_norm_scale_(TakeVector(weights, "lstm.cell_norm.weight", hidden_)),
-      cell_norm_shift_(TakeVector(weights, "lstm.cell_norm.bias", hidden_)),
-      h_(hidden_),
-      c_(hidden_),
-      input_(features),
-      normalized_(features),
-      x_(hidden_),
-      gates_(4 * hidden_),
-      product_(4 * hidden_),
-      normalized_cell_(hidden_),
-      y_(hidden_) {
+      head_sizes_(std::move(head_sizes)) {
+  for (const int64_t size : head_sizes_) {
+    logit_offsets_.push_back(num_logits_);
+    num_logits_ += size;
+  }
+  LayOut();
+  arena_.Allocate();
+  LayOut();
   LoadNormalization(weights);
+  LoadLinear(weights, "pre", hidden_, features, pre_);
+  LoadLstm(weights);
+  LoadLinear(weights, "post", hidden_, hidden_, post_);
   LoadHeads(weights);
   constexpr size_t kWeightsOutsideHeads = 14, kWeightsPerHead = 6;
   const size_t expected = kWeightsOutsideHeads + kWeightsPerHead * head_sizes_.size();
@@ -129,58 +143,85 @@ PolicyNetwork::PolicyNetwork(const Weights& weights, int64_t features,
   }
 }
 
+void PolicyNetwork::LayOut() {
+  const auto place = [this](PaddedVector& vector, int64_t size) { vector = arena_.Take(size); };
+  const auto place_linear = [this](PackedLinear& linear, int64_t rows, int64_t columns) {
+    linear = PackedLinear(arena_, rows, columns);
+  };
+  const int64_t all_heads_hidden = static_cast<int64_t>(head_sizes_.size()) * head_hidden_;
+  for (PaddedVector* vector : {&input_, &input_mean_, &input_scale_, &normalized_}) {
+    place(*vector, num_features_);
+  }
+  place_linear(pre_, hidden_, num_features_);
+  place(x_, hidden_);
+  place_linear(lstm_input_, 4 * hidden_, hidden_);
+  for (PaddedVector* vector :
+       {&product_, &gates_, &input_norm_shift_, &input_norm_scale_, &recurrent_norm_scale_}) {
+    place(*vector, 4 * hidden_);
+  }
+  place_linear(lstm_recurrent_, 4 * hidden_, hidden_);
+  for (PaddedVector* vector : {&h_, &c_, &cell_norm_shift_, &cell_norm_scale_, &normalized_cell_}) {
+    place(*vector, hidden_);
+  }
+  place_linear(post_, hidden_, hidden_);
+  place(y_r_, hidden_ + all_heads_hidden);
+  place_linear(heads_down_, all_heads_hidden, hidden_);
+  place_linear(heads_out_, num_logits_, hidden_ + all_heads_hidden);
+  place(logits_, num_logits_);
+}
+
 void PolicyNetwork::LoadNormalization(const Weights& weights) {
   const float* const mean =
       Take(weights, "normalisation.mean", {num_features_}, -kLargestMean, kLargestMean);
   const float* const var = Take(weights, "normalisation.var", {num_features_}, 0.0f, kLargestVar);
   Take(weights, "normalisation.total_weight", {}, 0.0f, 1.0f);  // only training goes on from it
-  input_mean_ = PaddedVector(num_features_);
-  input_scale_ = PaddedVector(num_features_);
   for (int64_t i = 0; i < num_features_; ++i) {
     input_mean_.data()[i] = mean[i];
     input_scale_.data()[i] = static_cast<float>(1.0 / std::sqrt(var[i] + kInputEpsilon));
   }
 }
 
+void PolicyNetwork::LoadLstm(const Weights& weights) {
+  const int64_t size = 4 * hidden_;
+  LoadMatrix(weights, "lstm.input", size, hidden_, lstm_input_);
+  LoadMatrix(weights, "lstm.recurrent", size, hidden_, lstm_recurrent_);
+  LoadVector(weights, "lstm.input_norm.weight", size, input_norm_scale_);
+  LoadVector(weights, "lstm.input_norm.bias", size, input_norm_shift_);
+  LoadVector(weights, "lstm.recurrent_norm.weight", size, recurrent_norm_scale_);
+  LoadVector(weights, "lstm.cell_norm.weight", hidden_, cell_norm_scale_);
+  LoadVector(weights, "lstm.cell_norm.bias", hidden_, cell_norm_shift_);
+}
+
 void PolicyNetwork::LoadHeads(const Weights& weights) {
-  int64_t rows = 0;
-  for (const int64_t size : head_sizes_) {
-    logit_offsets_.push_back(rows);
-    rows += WholePanels(size);
-  }
-  const auto num_heads = static_cast<int64_t>(head_sizes_.size());
-  heads_down_ = PackedLinear(num_heads * head_hidden_, hidden_);
-  heads_direct_ = PackedLinear(rows, hidden_);
-  r_ = PaddedVector(num_heads * head_hidden_);
-  logits_ = PaddedVector(rows);
-  for (int64_t head = 0; head < num_heads; ++head) {
+  for (size_t head = 0; head < head_sizes_.size(); ++head) {
     const std::string name = "heads." + std::to_string(head);
-    PackInto(weights, name + ".down", head_hidden_, hidden_, true, head * head_hidden_,
-             heads_down_);
-    PackInto(weights, name + ".logits", head_sizes_[head], hidden_, true, logit_offsets_[head],
-             heads_direct_);
-    heads_folded_.push_back(FoldHead(weights, name + ".up", head));
+    const auto first = static_cast<int64_t>(head) * head_hidden_;
+    LoadLinear(weights, name + ".down", head_hidden_, hidden_, heads_down_, first);
+    LoadLinear(weights, name + ".logits", head_sizes_[head], hidden_, heads_out_,
+               logit_offsets_[head]);
+    FoldHead(weights, name + ".up", head);
   }
 }
 
-PackedLinear PolicyNetwork::FoldHead(const Weights& weights, const std::string& up, int64_t head) {
+void PolicyNetwork::FoldHead(const Weights& weights, const std::string& up, size_t head) {
   const float* const matrix = Take(weights, up + ".weight", {hidden_, head_hidden_});
   const float* const bias = Take(weights, up + ".bias", {hidden_});
-  PackedLinear folded(head_sizes_[head], head_hidden_);
+  const int64_t first_column = hidden_ + static_cast<int64_t>(head) * head_hidden_;
   std::vector<double> products(head_hidden_);
-  for (int64_t row = 0; row < head_sizes_[head]; ++row) {
-    const int64_t direct_row = logit_offsets_[head] + row;
-    double shift = heads_direct_.bias(direct_row);
+  for (int64_t i = 0; i < head_sizes_[head]; ++i) {
+    const int64_t row = logit_offsets_[head] + i;
+    double shift = heads_out_.bias(row);
     std::fill(products.begin(), products.end(), 0.0);
     for (int64_t k = 0; k < hidden_; ++k) {
-      const double v = heads_direct_.at(direct_row, k);
+      const double v = heads_out_.at(row, k);
       shift += v * bias[k];
       for (int64_t j = 0; j < head_hidden_; ++j) products[j] += v * matrix[k * head_hidden_ + j];
     }
-    heads_direct_.bias(direct_row) = static_cast<float>(shift);
-    for (int64_t j = 0; j < head_hidden_; ++j) folded.at(row, j) = static_cast<float>(products[j]);
+    heads_out_.bias(row) = static_cast<float>(shift);
+    for (int64_t j = 0; j < head_hidden_; ++j) {
+      heads_out_.at(row, first_column + j) = static_cast<float>(products[j]);
+    }
   }
-  return folded;
 }
 
 void PolicyNetwork::Run() {
@@ -189,9 +230,13 @@ void PolicyNetwork::Run() {
   pre_.Apply(kernels_, normalized_.data(), x_.data());
   kernels_.relu(x_.data(), x_.size());
   RunLstm();
-  post_.Apply(kernels_, h_.data(), y_.data());
-  kernels_.relu(y_.data(), y_.size());
-  RunHeads();
+  float* const y = y_r_.data();
+  float* const r = y + hidden_;
+  post_.Apply(kernels_, h_.data(), y);
+  kernels_.relu(y, hidden_);
+  heads_down_.Apply(kernels_, y, r);
+  kernels_.relu(r, y_r_.size() - hidden_);
+  heads_out_.Apply(kernels_, y, logits_.data());
 }
 
 void PolicyNetwork::RunLstm() {
@@ -207,16 +252,6 @@ void PolicyNetwork::RunLstm() {
   std::copy(cell_shift, cell_shift + hidden_, normalized_cell_.data());
   kernels_.add_layer_norm(c_.data(), cell_norm_scale_.data(), hidden_, normalized_cell_.data());
   kernels_.gated_tanh(gates_.data() + 3 * hidden_, normalized_cell_.data(), hidden_, h_.data());
-}
-
-void PolicyNetwork::RunHeads() {
-  heads_down_.Apply(kernels_, y_.data(), r_.data());
-  kernels_.relu(r_.data(), r_.size());
-  heads_direct_.Apply(kernels_, y_.data(), logits_.data());
-  for (size_t head = 0; head < heads_folded_.size(); ++head) {
-    heads_folded_[head].Add(kernels_, r_.data() + head * head_hidden_,
-                            logits_.data() + logit_offsets_[head]);
-  }
 }
 
 }  // namespace lhopt

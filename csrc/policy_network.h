@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -17,29 +19,44 @@ struct Weight {
 };
 using Weights = std::map<std::string, Weight>;
 
-// Floats in units that are aligned for every instruction set.
+// A place for floats, padded to whole panels, in memory that someone else owns.
 class PaddedVector {
  public:
   PaddedVector() = default;
-  explicit PaddedVector(int64_t size) : units_((size + kPanel - 1) / kPanel) {}
+  PaddedVector(float* data, int64_t size) : data_(data), size_(size) {}
 
-  float* data() { return units_.empty() ? nullptr : units_.front().lanes; }
-  const float* data() const { return units_.empty() ? nullptr : units_.front().lanes; }
-  int64_t size() const { return static_cast<int64_t>(units_.size()) * kPanel; }
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+  int64_t size() const { return size_; }
 
  private:
-  struct alignas(64) Unit {
-    float lanes[kPanel] = {};
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// One block of zeros, handed out in order. Lay out once to count, Allocate, lay out again.
+class Arena {
+ public:
+  PaddedVector Take(int64_t size);
+  // On huge pages where there are any: a decision reads all weights once, and with small pages
+  // waits for page walks, and for prefetches that end at every page.
+  void Allocate();
+
+ private:
+  struct Free {
+    std::align_val_t alignment;
+    void operator()(float* block) const { ::operator delete(block, alignment); }
   };
-  std::vector<Unit> units_;
+  std::unique_ptr<float[], Free> block_;
+  int64_t used_ = 0;
 };
 
 // W and b, packed into panels of 16 rows (see PolicyKernels::affine).
 class PackedLinear {
  public:
   PackedLinear() = default;
-  PackedLinear(int64_t rows, int64_t columns)
-      : columns_(columns), bias_(rows), panels_(bias_.size() * columns) {}
+  PackedLinear(Arena& arena, int64_t rows, int64_t columns)
+      : columns_(columns), bias_(arena.Take(rows)), panels_(arena.Take(bias_.size() * columns)) {}
 
   float& at(int64_t row, int64_t column) {
     return panels_.data()[(row / kPanel * columns_ + column) * kPanel + row % kPanel];
@@ -49,10 +66,6 @@ class PackedLinear {
   // out = b + W x.
   void Apply(const PolicyKernels& kernels, const float* x, float* out) const {
     kernels.affine(panels_.data(), bias_.data(), x, columns_, bias_.size() / kPanel, out);
-  }
-  // out += W x.
-  void Add(const PolicyKernels& kernels, const float* x, float* out) const {
-    kernels.affine(panels_.data(), out, x, columns_, bias_.size() / kPanel, out);
   }
 
  private:
@@ -83,32 +96,36 @@ class PolicyNetwork {
   const char* isa() const { return kernels_.name; }
 
  private:
+  // Places everything, in the order in which a decision reads it.
+  void LayOut();
   void LoadNormalization(const Weights& weights);
+  void LoadLstm(const Weights& weights);
   void LoadHeads(const Weights& weights);
-  // V W_2 of one head, whose V is in heads_direct_ already; adds V b_2 to the bias there.
-  PackedLinear FoldHead(const Weights& weights, const std::string& up, int64_t head);
+  // V W_2 and V b_2 + b of one head, whose V and b are in heads_out_ already.
+  void FoldHead(const Weights& weights, const std::string& up, size_t head);
   void RunLstm();
-  void RunHeads();
 
   const PolicyKernels& kernels_;
   int64_t num_features_;
   int64_t hidden_;
   int64_t head_hidden_;
   std::vector<int64_t> head_sizes_;
+  std::vector<int64_t> logit_offsets_;
+  int64_t num_logits_ = 0;
 
+  Arena arena_;
   PaddedVector input_mean_, input_scale_;
   PackedLinear pre_, lstm_input_, lstm_recurrent_, post_;
   PaddedVector input_norm_scale_, input_norm_shift_, recurrent_norm_scale_;
   PaddedVector cell_norm_scale_, cell_norm_shift_;
   // The last two maps of a head are linear, so that with r = relu(W_1 y + b_1)
   //   V (y + W_2 r + b_2) + b = V y + (V W_2) r + (V b_2 + b):
-  PackedLinear heads_down_;                 // all W_1, one below the other
-  PackedLinear heads_direct_;               // all V, each padded to whole panels
-  std::vector<PackedLinear> heads_folded_;  // V W_2
-  std::vector<int64_t> logit_offsets_;
+  PackedLinear heads_down_;  // all W_1, one below the other
+  PackedLinear heads_out_;   // all V, one below the other; beside them V W_2, in blocks
 
   PaddedVector h_, c_;
-  PaddedVector input_, normalized_, x_, gates_, product_, normalized_cell_, y_, r_, logits_;
+  PaddedVector input_, normalized_, x_, gates_, product_, normalized_cell_, logits_;
+  PaddedVector y_r_;  // y, and r of all heads after it
 };
 
 }  // namespace lhopt
