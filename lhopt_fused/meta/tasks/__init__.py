@@ -13,6 +13,8 @@ from lhopt_fused.meta.tasks.base import (
     TaskFamily,
 )
 from lhopt_fused.meta.tasks.clusters import ClustersFamily
+from lhopt_fused.meta.tasks.heldout import HELDOUT
+from lhopt_fused.meta.tasks.image_cnn import ImageCNNFamily
 from lhopt_fused.meta.tasks.image_mlp import ImageMLPFamily
 from lhopt_fused.meta.tasks.quadratic import QuadraticFamily
 from lhopt_fused.meta.tasks.tabular import TabularFamily
@@ -20,6 +22,7 @@ from lhopt_fused.meta.tasks.teacher import TeacherFamily
 
 __all__ = [
     "FAMILIES",
+    "HELDOUT",
     "PRIVILEGED",
     "PRIVILEGED_NAMES",
     "Split",
@@ -32,6 +35,7 @@ FAMILIES: Final[Mapping[str, type[TaskFamily]]] = {
     for family in (
         QuadraticFamily,
         ImageMLPFamily,
+        ImageCNNFamily,
         TeacherFamily,
         ClustersFamily,
         TabularFamily,

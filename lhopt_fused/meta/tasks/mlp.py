@@ -90,8 +90,8 @@ class MLP(Network):
 
 
 def random_mlp(generator: random.Random, inputs: int, outputs: int) -> MLP:
-    """One to four hidden layers, 8 to 48 wide and narrower the deeper, any activation and norm."""
+    """One to four hidden layers, 8 to 64 wide and narrower the deeper, any activation and norm."""
     depth = generator.choice((1, 1, 2, 2, 3, 4))
-    width = round(log_uniform(generator, 8, 48 / math.sqrt(depth)))
+    width = round(log_uniform(generator, 8, 64 / math.sqrt(depth)))
     activation = generator.choice(sorted(ACTIVATIONS))
     return MLP(inputs, (width,) * depth, outputs, activation, generator.choice(NORMS))
