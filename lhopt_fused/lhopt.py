@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch.optim.optimizer import ParamsT
 
-from lhopt_fused.actions import REGISTER_CHOICES, REGISTERS, apply_shifts
+from lhopt_fused.actions import REGISTER_CHOICES, REGISTERS
 from lhopt_fused.ciao import CIAO, LHOPT_START
 from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
+from lhopt_fused.policy.plain import moved
 from lhopt_fused.registers import RestartRegisters
 from lhopt_fused.types import HYPERPARAMETERS, INNER_FEATURES
 
@@ -217,7 +218,7 @@ class LHOPT(CIAO):
 
     def _apply(self, decision: RunDecision) -> None:
         """Move every group's hyperparameters; all or none."""
-        shifts = torch.from_numpy(np.asarray(decision.shifts, dtype=np.float64))
+        shifts = np.asarray(decision.shifts, dtype=np.float64).tolist()
         learning_rates = [float(group["lr"]) for group in self.param_groups]
         if shifts[_LR] != 0 and self._left_lr and learning_rates != self._left_lr:
             raise RuntimeError(
@@ -229,10 +230,9 @@ class LHOPT(CIAO):
         for group in self.param_groups:
             before = self._hyperparameters(group)
             if before == first:
-                after = list(map(float, decision.hyperparameters))
+                after = np.asarray(decision.hyperparameters, dtype=np.float64).tolist()
             else:
-                now = torch.tensor(before, dtype=torch.float64)
-                after = apply_shifts(now, shifts, self.policy.action_space.actions).tolist()
+                after = list(map(moved, before, shifts, self.policy.action_space.actions))
             _set_hyperparameters(group, [a if b else b for a, b in zip(after, before, strict=True)])
         self._left_lr = [float(group["lr"]) for group in self.param_groups]
 

@@ -43,9 +43,18 @@ STATISTICS: Final = {
     torch.float16: Tolerance(2e-6),
 }
 THREAD_COUNTS: Final = Tolerance(0.0)  # sums do not depend on the number of threads
+PLAIN_ACTIONS: Final = Tolerance(0.0, 1e-12)
+# actions in plain numbers against tensors, whose logarithms may round otherwise; logarithms go up
+# to 1,500
 TASK_LOSS: Final = Tolerance(1e-5)
 # an inner task in another place of its batch: matrix products may add in another order; relative
 # to the largest loss or gradient, after a few steps in float32
+
+POWER_CURVE: Final = Tolerance(1e-6)
+# parameters of a fitted power curve, relative to the size of the losses: a minimum is
+# found to the square root of the rounding, and small exponents look like one another
+REWARD_AFFINE: Final = Tolerance(0.0, 1e-5)
+# rewards after an affine map of the losses: rounding of the losses, through the same minimum
 
 
 def assert_close(

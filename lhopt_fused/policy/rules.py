@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lhopt_fused.actions import (
-    DEFAULT_ACTION_SPACE,
-    ActionSpace,
-    apply_shifts,
-    relative_to_start,
-)
+from lhopt_fused.actions import DEFAULT_ACTION_SPACE, Action, ActionSpace
 from lhopt_fused.json_fields import expect_equal, expect_number, expect_object, expect_string
 from lhopt_fused.policy.base import RunDecision, RunObservation
 from lhopt_fused.policy.decision import DecisionMode, check_mode, check_seed
 from lhopt_fused.policy.learned import check_start_hyperparameters
+from lhopt_fused.policy.plain import moved, relative
 from lhopt_fused.types import HYPERPARAMETERS
 
 __all__ = ["RULE_FORMAT_VERSION", "RulePolicy", "Schedule"]
@@ -142,23 +137,32 @@ class RuleRun:
         progress = observation.progress
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is {progress}, expected 0 to 1")
-        space = self._policy.action_space
-        now = torch.tensor(observation.hyperparameters, dtype=torch.float64)
-        targets = now.clone()
-        for index, action in enumerate(space.actions):
-            if action.name in self._policy.schedules:
-                share = self._policy.schedules[action.name](progress)
-                target = observation.start_hyperparameters[index] * share
-                targets[index] = min(max(target, action.low), action.high)
-        wanted = relative_to_start(targets, now, space.actions)
-        shifts = torch.where(wanted.isfinite(), wanted, 0.0)
+        shifts = [
+            self._shift(action, now, start, progress)
+            for action, now, start in zip(
+                self._policy.action_space.actions,
+                observation.hyperparameters,
+                observation.start_hyperparameters,
+                strict=True,
+            )
+        ]
+        after = map(moved, observation.hyperparameters, shifts, self._policy.action_space.actions)
         return RunDecision(
-            apply_shifts(now, shifts, space.actions).numpy(),
-            shifts.numpy(),
+            np.array(list(after)),
+            np.array(shifts),
             0,
             np.empty(0, np.float32),
             np.empty(0, np.float64),
         )
+
+    def _shift(self, action: Action, now: float, start: float, progress: float) -> float:
+        """What takes one hyperparameter from ``now`` to where its schedule has it."""
+        schedule = self._policy.schedules.get(action.name)
+        if schedule is None:
+            return 0.0
+        target = min(max(start * schedule(progress), action.low), action.high)
+        shift = relative(target, now, action)
+        return shift if math.isfinite(shift) else 0.0
 
     def get_state(self) -> NDArray[np.float64]:
         """Empty: rules remember nothing."""
