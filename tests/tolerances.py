@@ -55,6 +55,10 @@ POWER_CURVE: Final = Tolerance(1e-6)
 # found to the square root of the rounding, and small exponents look like one another
 REWARD_AFFINE: Final = Tolerance(0.0, 1e-5)
 # rewards after an affine map of the losses: rounding of the losses, through the same minimum
+REWARD: Final = Tolerance(0.0, 1e-6)
+# rewards against exact power curves: the same
+REWARD_SPIKE: Final = Tolerance(0.0, 0.05)
+# rewards with one spike in the baseline, in log steps; without reweighting it is off by 0.07 to 3
 
 
 def assert_close(
