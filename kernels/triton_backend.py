@@ -99,8 +99,8 @@ class TritonBackend:
 
         Args:
             statistics: float64 ``[T, len(STATISTICS)]`` that :meth:`step` has filled.
-            sums: float64 ``[2, 18]``, sum and number of measured steps of each feature, then of
-                each of ``STEP_NORMS``.
+            sums: float64 ``[2, R, 18]``, sum and number of measured steps of each feature, then of
+                each of ``STEP_NORMS``, in each run.
         """
         per_group, total = self._features
         with self._on_device:
@@ -109,20 +109,22 @@ class TritonBackend:
 
     def _feature_launches(self) -> tuple[Launch, Launch]:
         device, groups = self._tables, len(self.layout.options)
+        runs = len(self.layout.skipped_steps)
         means = device.unused_statistics.new_zeros(groups, FEATURE_COLUMNS.value)
         squares = device.unused_statistics.new_zeros(groups, NORM_COLUMNS.value)
-        sums = device.unused_statistics.new_zeros(2, SUM_COLUMNS.value)
-        args = device.first_member, device.members, device.numel, device.clip_modes, means, squares
+        sums = device.unused_statistics.new_zeros(2, runs, SUM_COLUMNS.value)
+        per_group = device.groups, device.members, device.numel, means, squares
+        per_run = device.first_group, device.run_groups, means, squares
         constants = {"BLOCK": _FEATURE_BLOCK}
         return (
             Launch(
                 group_features_kernel,
                 groups,
-                args,
+                per_group,
                 constants,
                 example=(device.unused_statistics,),
             ),
-            Launch(add_features_kernel, 1, (means, squares, groups), constants, example=(sums,)),
+            Launch(add_features_kernel, runs, per_run, constants, example=(sums,)),
         )
 
     def _signature(

@@ -8,6 +8,10 @@ import triton.language as tl
 from lhopt_fused.kernels.triton_chunks import stack4, stack16
 from lhopt_fused.kernels.triton_tables import (
     CLIPS_NONE,
+    G_BEGIN,
+    G_CLIP_MODE,
+    G_END,
+    MEMBERSHIP_COLUMNS,
     S_CLIP,
     S_COUNT_GT_EPSILON,
     S_DECAY,
@@ -137,10 +141,9 @@ def step_squares(row_ptr, inside):
 
 @triton.jit(do_not_specialize=["statistics_ptr"])
 def group_features_kernel(
-    first_member_ptr,  # int32 [G + 1]
-    members_ptr,  # int32 [T], tensors in the order of their groups
+    groups_ptr,  # int32 [G, MEMBERSHIP_COLUMNS]
+    members_ptr,  # int32 [T], tensors in the order of their runs and groups
     numel_ptr,  # int64 [T]
-    clip_modes_ptr,  # int32 [G]
     means_ptr,  # float64 [G, FEATURE_COLUMNS]
     squares_ptr,  # float64 [G, NORM_COLUMNS]
     statistics_ptr,  # float64 [T, STATISTICS_COLUMNS]
@@ -148,8 +151,9 @@ def group_features_kernel(
 ):
     """Means over the tensors of one group of what was measured, NaN where nothing was."""
     group = tl.program_id(0).to(tl.int64)
-    clips = tl.load(clip_modes_ptr + group) != CLIPS_NONE
-    begin, end = tl.load(first_member_ptr + group), tl.load(first_member_ptr + group + 1)
+    entry_ptr = groups_ptr + group * MEMBERSHIP_COLUMNS
+    clips = tl.load(entry_ptr + G_CLIP_MODE) != CLIPS_NONE
+    begin, end = tl.load(entry_ptr + G_BEGIN), tl.load(entry_ptr + G_END)
     totals = tl.zeros([FEATURE_COLUMNS], tl.float64)
     counts = tl.zeros([FEATURE_COLUMNS], tl.float64)
     squares = tl.zeros([NORM_COLUMNS], tl.float64)
@@ -172,32 +176,35 @@ def group_features_kernel(
 
 
 @triton.jit
-def add_measured(sums_ptr, columns, values, measured, selected):
-    """Add what was measured to ``sums[0]`` and 1 for it to ``sums[1]``."""
+def add_measured(sums_ptr, counts_ptr, columns, values, measured, selected):
+    """Add what was measured to the sums and 1 for it to the counts."""
     before = tl.load(sums_ptr + columns, mask=selected, other=0.0)
     tl.store(sums_ptr + columns, before + tl.where(measured, values, 0.0), mask=selected)
-    count_ptr = sums_ptr + SUM_COLUMNS + columns
-    counts = tl.load(count_ptr, mask=selected, other=0.0)
-    tl.store(count_ptr, counts + measured.to(tl.float64), mask=selected)
+    counts = tl.load(counts_ptr + columns, mask=selected, other=0.0)
+    tl.store(counts_ptr + columns, counts + measured.to(tl.float64), mask=selected)
 
 
 @triton.jit(do_not_specialize=["sums_ptr"])
 def add_features_kernel(
+    first_group_ptr,  # int32 [R + 1]
+    run_groups_ptr,  # int32 [G], groups in the order of their runs
     means_ptr,  # float64 [G, FEATURE_COLUMNS]
     squares_ptr,  # float64 [G, NORM_COLUMNS]
-    groups,
-    sums_ptr,  # float64 [2, SUM_COLUMNS]
+    sums_ptr,  # float64 [2, R, SUM_COLUMNS]
     BLOCK: tl.constexpr,
 ):
-    """Add the means over groups and the norms over all tensors of one step to the sums."""
+    """Add one run's means over groups and norms over tensors in one step to its sums."""
+    run = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(first_group_ptr + run), tl.load(first_group_ptr + run + 1)
     columns = tl.arange(0, FEATURE_COLUMNS)
     norms = tl.arange(0, NORM_COLUMNS)
     totals = tl.zeros([FEATURE_COLUMNS], tl.float64)
     counts = tl.zeros([FEATURE_COLUMNS], tl.float64)
     squares = tl.zeros([NORM_COLUMNS], tl.float64)
-    for first in range(0, groups, BLOCK):
-        group = first + tl.arange(0, BLOCK)[:, None]
-        inside = group < groups
+    for first in range(begin, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)[:, None]
+        inside = place < end
+        group = tl.load(run_groups_ptr + place, mask=inside, other=0).to(tl.int64)
         pointers = means_ptr + group * FEATURE_COLUMNS + columns[None, :]
         means = tl.load(pointers, mask=inside, other=float("nan"))
         measured = means == means
@@ -205,9 +212,12 @@ def add_features_kernel(
         counts += tl.sum(measured.to(tl.float64), axis=0)
         pointers = squares_ptr + group * NORM_COLUMNS + norms[None, :]
         squares += tl.sum(tl.load(pointers, mask=inside, other=0.0), axis=0)
-    measured = counts > 0.0
-    add_measured(sums_ptr, columns, ratio(totals, counts), measured, columns < FEATURE_COLUMNS)
+    run_sums_ptr = sums_ptr + run * SUM_COLUMNS
+    counts_ptr = run_sums_ptr + tl.num_programs(0) * SUM_COLUMNS
+    means, measured = ratio(totals, counts), counts > 0.0
+    add_measured(run_sums_ptr, counts_ptr, columns, means, measured, columns < FEATURE_COLUMNS)
     taken = tl.sum(tl.where(norms == 2, squares, 0.0), axis=0)
     any_taken = tl.zeros([NORM_COLUMNS], tl.float64) + taken > 0.0
     selected = norms < SUM_COLUMNS - FEATURE_COLUMNS
-    add_measured(sums_ptr, FEATURE_COLUMNS + norms, tl.sqrt(squares), any_taken, selected)
+    norm_columns = FEATURE_COLUMNS + norms
+    add_measured(run_sums_ptr, counts_ptr, norm_columns, tl.sqrt(squares), any_taken, selected)

@@ -17,12 +17,14 @@ from lhopt_fused.kernels.triton_tables import (
     COEFFICIENT_COLUMNS,
     DECOUPLED_DECAY,
     DELAYS_TRUST,
+    G_RUN,
     GRAD_SQ,
     KEEPS_SIGNS,
     LAMB_OMBETA,
     M_HAT_MINUS_GRAD_SQ,
     M_HAT_SQ,
     MASKED,
+    MEMBERSHIP_COLUMNS,
     NEW_PARAM_SQ,
     PARAM_NORM,
     PARAM_SQ,
@@ -116,6 +118,7 @@ def store_sums(statistics_ptr, sums, traits, is_active, first_step, grad_sq):
 @triton.jit(do_not_specialize=["statistics_ptr"])
 def finalize_kernel(
     first_row_ptr,  # int64 [T + 1]
+    groups_ptr,  # int32 [G, MEMBERSHIP_COLUMNS]
     group_of_ptr,  # int32 [T]
     traits_ptr,  # int32 [T]
     scalars_ptr,
@@ -123,8 +126,8 @@ def finalize_kernel(
     work_ptr,
     coefficients_ptr,
     partials_ptr,  # float32 [rows, COLUMNS]
-    skipped_steps_ptr,  # int64 [1]
-    seen_ptr,  # int32 [1]
+    skipped_steps_ptr,  # int64 [R]
+    seen_ptr,  # int32 [R]
     statistics_ptr,  # float64 [T, STATISTICS_COLUMNS], untouched where COLUMNS is 4
     SKIPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -135,7 +138,8 @@ def finalize_kernel(
     traits = tl.load(traits_ptr + tensor)
     is_active = tl.load(work_row_ptr + W_ACTIVE) != 0.0
     deferred = tl.load(work_row_ptr + W_DEFERRED)
-    scalar_ptr = scalars_ptr + tl.load(group_of_ptr + tensor) * SCALAR_COLUMNS
+    group = tl.load(group_of_ptr + tensor)
+    scalar_ptr = scalars_ptr + group * SCALAR_COLUMNS
     begin, end = tl.load(first_row_ptr + tensor), tl.load(first_row_ptr + tensor + 1)
     end = tl.where(is_active, end, begin)
     sums = tensor_sums(partials_ptr, begin, end, COLUMNS, ROWS)
@@ -143,10 +147,11 @@ def finalize_kernel(
     if SKIPS:
         nonfinite = tl.load(work_row_ptr + W_NONFINITE)
     elif nonfinite > 0.0:
-        # The first tensor of the step that arrives here counts it.
+        # The first tensor of a run that arrives here counts the step.
         tl.store(coefficients_ptr + tensor * COEFFICIENT_COLUMNS + C_MASKED, 1.0)
-        if tl.atomic_xchg(seen_ptr, 1) == 0:
-            tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + 1)
+        run = tl.load(groups_ptr + group * MEMBERSHIP_COLUMNS + G_RUN)
+        if tl.atomic_xchg(seen_ptr + run, 1) == 0:
+            tl.store(skipped_steps_ptr + run, tl.load(skipped_steps_ptr + run) + 1)
 
     trust = tl.load(work_row_ptr + W_TRUST)
     if is_active & ((traits & USES_TRUST) != 0):

@@ -60,12 +60,37 @@ def _traits(layout: StepLayout, tensor: int) -> int:
     return sum(bit.value for bit, is_set in bits if is_set)
 
 
+def _memberships(
+    layout: StepLayout,
+) -> tuple[list[int], list[list[int]], list[int], list[int]]:
+    """Who belongs to whom: groups to runs, tensors to groups.
+
+    Returns:
+        ``members [T]``, ``groups [G, MEMBERSHIP_COLUMNS]``, ``run_groups [G]`` (groups in the order
+        of their runs) and ``first_group [R + 1]``, where those of each run begin.
+    """
+    run_groups = sorted(range(len(layout.options)), key=layout.run_of.__getitem__)
+    rank = {group: place for place, group in enumerate(run_groups)}
+    members = sorted(range(len(layout.params)), key=lambda tensor: rank[layout.group_of[tensor]])
+    ends = np.cumsum(np.bincount(np.array(layout.group_of), minlength=len(rank))[run_groups])
+    begins = [0, *ends[:-1].tolist()]
+    first_group = np.searchsorted(
+        np.array(layout.run_of)[run_groups], np.arange(len(layout.skipped_steps) + 1)
+    ).tolist()
+    membership = []
+    for group, run in enumerate(layout.run_of):
+        place, first, last = rank[group], first_group[run], first_group[run + 1] - 1
+        leads, clip = int(place == first), layout.options[group].clip.value
+        span = begins[place], int(ends[place]), begins[first], int(ends[last])
+        membership.append([*span, run, leads, clip, 0])
+    return members, membership, run_groups, first_group
+
+
 class DeviceTables:
     """The small tables of a layout on its device: what is fixed, and what a step hands on."""
 
     def __init__(self, layout: StepLayout) -> None:
         device, count = layout.device, len(layout.params)
-        groups = range(len(layout.options))
 
         def integers(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(device)
@@ -78,16 +103,14 @@ class DeviceTables:
         self.numel = integers([p.numel() for p in layout.params], torch.int64)
         self.traits = integers([_traits(layout, tensor) for tensor in range(count)])
         self.group_of = integers(layout.group_of)
-        members = sorted(range(count), key=lambda tensor: layout.group_of[tensor])
-        sizes = np.bincount(np.array(layout.group_of, dtype=np.int64), minlength=len(groups))
-        self.members = integers(members)
-        self.first_member = integers([0, *np.cumsum(sizes).tolist()])
-        self.clip_modes = integers([options.clip.value for options in layout.options])
+        members, membership, run_groups, first_group = _memberships(layout)
+        self.members, self.groups = integers(members), integers(membership)
+        self.run_groups, self.first_group = integers(run_groups), integers(first_group)
 
         self.grads = torch.zeros(count, dtype=torch.int64, device=device)
         self.work = torch.zeros(count, tables.WORK_COLUMNS.value, dtype=torch.float64).to(device)
         self.coefficients = torch.zeros(count, tables.COEFFICIENT_COLUMNS.value).to(device)
-        self.seen = torch.zeros(1, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(len(layout.skipped_steps), dtype=torch.int32, device=device)
         shape = count, tables.STATISTICS_COLUMNS.value
         self.unused_statistics = torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -251,11 +274,10 @@ class StepPlan:
     def _prepare_launch(self) -> Launch:
         layout, device = self._layout, self._tables
         args = (
-            device.first_member,
+            device.groups,
             device.members,
             device.grads,
             device.traits,
-            device.clip_modes,
             layout.scalars,
             layout.group_state,
             layout.tensor_state,
@@ -263,7 +285,6 @@ class StepPlan:
             device.coefficients,
             layout.skipped_steps,
             device.seen,
-            len(self._tensors),
         )
         constants = {
             "SKIPS": not layout.masks_nonfinite,
@@ -303,6 +324,7 @@ class StepPlan:
             return None
         args = (
             torch.from_numpy(self._chunks.first_row).to(layout.device),
+            device.groups,
             device.group_of,
             device.traits,
             layout.scalars,

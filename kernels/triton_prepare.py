@@ -36,6 +36,13 @@ from lhopt_fused.kernels.triton_tables import (
     DECOUPLED_DECAY,
     DELAYS_TRUST,
     EPSILON,
+    G_BEGIN,
+    G_CLIP_MODE,
+    G_END,
+    G_LEADS,
+    G_RUN,
+    G_RUN_BEGIN,
+    G_RUN_END,
     GROUP_COLUMNS,
     LAMB_MAX_TRUST,
     LAMB_MIN_TRUST,
@@ -45,6 +52,7 @@ from lhopt_fused.kernels.triton_tables import (
     LOG_NORM_EMVAR,
     LR,
     MAXIMIZES,
+    MEMBERSHIP_COLUMNS,
     OMBETA1,
     OMBETA2,
     PARAM_NORM,
@@ -87,13 +95,14 @@ def trust_ratio(param_norm, update_norm, scalar_ptr):
 
 
 @triton.jit
-def count_nonfinite(work_ptr, tensors, BLOCK: tl.constexpr):
-    """How many elements of all gradients are NaN or inf."""
+def count_nonfinite(members_ptr, begin, end, work_ptr, BLOCK: tl.constexpr):
+    """How many elements of the gradients of a run are NaN or inf."""
     count = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, tensors, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        pointers = work_ptr + index.to(tl.int64) * WORK_COLUMNS + W_NONFINITE
-        count += tl.load(pointers, mask=index < tensors, other=0.0)
+    for first in range(begin, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tensor = tl.load(members_ptr + place, mask=place < end, other=0).to(tl.int64)
+        pointers = work_ptr + tensor * WORK_COLUMNS + W_NONFINITE
+        count += tl.load(pointers, mask=place < end, other=0.0)
     return tl.sum(count, axis=0)
 
 
@@ -194,37 +203,38 @@ def prepare_tensors(
 
 @triton.jit
 def prepare_kernel(
-    first_member_ptr,  # int32 [G + 1]
-    members_ptr,  # int32 [T], tensors in the order of their groups
+    groups_ptr,  # int32 [G, MEMBERSHIP_COLUMNS]
+    members_ptr,  # int32 [T], tensors in the order of their runs and groups
     grads_ptr,  # int64 [T]
     traits_ptr,  # int32 [T]
-    clip_modes_ptr,  # int32 [G]
     scalars_ptr,
     group_state_ptr,
     tensor_state_ptr,
     work_ptr,
     coefficients_ptr,
-    skipped_steps_ptr,  # int64 [1]
-    seen_ptr,  # int32 [1]: whether this step has counted a gradient that is not finite
-    tensors,
+    skipped_steps_ptr,  # int64 [R]
+    seen_ptr,  # int32 [R]: whether this step has counted a gradient that is not finite
     SKIPS: tl.constexpr,
     CLIPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
     scalar_ptr = scalars_ptr + group * SCALAR_COLUMNS
-    begin, end = tl.load(first_member_ptr + group), tl.load(first_member_ptr + group + 1)
+    entry_ptr = groups_ptr + group * MEMBERSHIP_COLUMNS
+    begin, end = tl.load(entry_ptr + G_BEGIN), tl.load(entry_ptr + G_END)
     nonfinite = tl.full([], 0.0, tl.float64)
     if SKIPS:
-        nonfinite = count_nonfinite(work_ptr, tensors, BLOCK)
+        run_begin, run_end = tl.load(entry_ptr + G_RUN_BEGIN), tl.load(entry_ptr + G_RUN_END)
+        nonfinite = count_nonfinite(members_ptr, run_begin, run_end, work_ptr, BLOCK)
     goes_on = (nonfinite == 0.0).to(tl.int32)
-    if group == 0:
-        tl.store(seen_ptr, 0)
+    if tl.load(entry_ptr + G_LEADS) != 0:
+        run = tl.load(entry_ptr + G_RUN)
+        tl.store(seen_ptr + run, 0)
         if nonfinite > 0.0:
-            tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + 1)
+            tl.store(skipped_steps_ptr + run, tl.load(skipped_steps_ptr + run) + 1)
     clip = tl.full([], 1.0, tl.float64)
     if CLIPS:
-        mode = tl.load(clip_modes_ptr + group)
+        mode = tl.load(entry_ptr + G_CLIP_MODE)
         norm, present = group_norm(members_ptr, begin, end, grads_ptr, work_ptr, BLOCK)
         if (mode != CLIPS_NONE) & (present > 0) & (goes_on != 0):
             clip = clip_coefficient(norm, mode, scalar_ptr, group_state_ptr + group * GROUP_COLUMNS)

@@ -27,7 +27,7 @@ LAMB_POWER: Final = tl.constexpr(SCALARS.index("lamb_power"))
 LAMB_MIN_TRUST: Final = tl.constexpr(SCALARS.index("lamb_min_trust"))
 LAMB_MAX_TRUST: Final = tl.constexpr(SCALARS.index("lamb_max_trust"))
 
-# What clipping remembers: group_state [G, GROUP_COLUMNS]; how a group clips: clip_modes [G].
+# What clipping remembers: group_state [G, GROUP_COLUMNS].
 GROUP_COLUMNS: Final = tl.constexpr(len(GROUP_STATE))
 ROLLING_MAX: Final = tl.constexpr(GROUP_STATE.index("rolling_max"))
 LOG_NORM_EMA: Final = tl.constexpr(GROUP_STATE.index("log_norm_ema"))
@@ -37,6 +37,17 @@ CLIPS_NONE: Final = tl.constexpr(Clip.NONE.value)
 CLIPS_NORM: Final = tl.constexpr(Clip.NORM.value)
 CLIPS_ROLLING_MAX: Final = tl.constexpr(Clip.ROLLING_MAX.value)
 CLIPS_Z_SCORE: Final = tl.constexpr(Clip.Z_SCORE.value)
+
+# Which tensors a group has, and of which run it is: groups, int32 [G, MEMBERSHIP_COLUMNS]. Members
+# lists the tensors of group after group, run after run.
+MEMBERSHIP_COLUMNS: Final = tl.constexpr(8)
+G_BEGIN: Final = tl.constexpr(0)  # place of the group's first tensor in members
+G_END: Final = tl.constexpr(1)
+G_RUN_BEGIN: Final = tl.constexpr(2)  # place of the run's first tensor in members
+G_RUN_END: Final = tl.constexpr(3)
+G_RUN: Final = tl.constexpr(4)
+G_LEADS: Final = tl.constexpr(5)  # 1 in the first group of a run
+G_CLIP_MODE: Final = tl.constexpr(6)
 
 # What the step remembers: tensor_state [T, STATE_COLUMNS].
 STATE_COLUMNS: Final = tl.constexpr(len(TENSOR_STATE))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run on CPU tensors in its interpreter (./dev interpret)."""
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,6 +57,19 @@ CIAO_OPTIONS: dict[str, dict[str, Any]] = {
     "max_decoupled_delayed": {"denominator_norm": "inf", "lamb_power": 1.0, "trust": "delayed"},
 }
 """One of each choice, in combinations that are used."""
+
+
+def with_triton(*values: Any) -> list[Any]:
+    """``values``, each with ``"triton"`` first, as test parameters: none where it cannot run."""
+    if INTERPRETED:
+        return [("triton", *values) if values else "triton"]
+    parameters = ("triton", *values)
+    return [pytest.param(*parameters, marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a backend under test are."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 def make_params(

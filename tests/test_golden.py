@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
-from cases import Golden, load_golden, run_golden
+from cases import Golden, device_of, load_golden, run_golden, with_triton
 from tolerances import GOLDEN_FEATURES, GOLDEN_PARAMETERS, assert_close
 
 from lhopt_fused import CIAO
 
 SCENARIOS = load_golden()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     ("reference", torch.float64),
     ("reference", torch.float32),
     ("cpu", torch.float32),
-    *([("triton", torch.float32)] if INTERPRETED else []),  # ./dev interpret
-    *(
-        [pytest.param("triton", torch.float32, marks=pytest.mark.gpu)]
-        if torch.cuda.is_available() and not INTERPRETED
-        else []
-    ),
+    *with_triton(torch.float32),
 ]
 
 
@@ -32,8 +25,7 @@ def check(golden: Golden, backend: str, dtype: torch.dtype, **wrong: Any) -> Non
     def build(params: list[torch.nn.Parameter], keywords: dict[str, Any]) -> CIAO:
         return CIAO(params, **{**keywords, **wrong}, backend=backend)  # type: ignore[arg-type]
 
-    device = "cuda" if backend == "triton" and not INTERPRETED else "cpu"
-    reached, features = run_golden(golden, build, dtype, device)
+    reached, features = run_golden(golden, build, dtype, device_of(backend))
     scale = max(abs(p).max() for p in golden.start)
     for step, expected in zip(reached, golden.params, strict=True):
         for param, value in zip(step, expected, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import device_of, with_triton
 
 from lhopt_fused.features import FeatureAccumulator
 from lhopt_fused.kernels import get_backend
@@ -41,14 +42,18 @@ BASE = dict.fromkeys(SCALARS, 0.0) | {
 }
 
 
-def make_layout(runs: list[int], masks: bool) -> StepLayout:
+def make_layout(runs: list[int], masks: bool, device: str) -> StepLayout:
     """A layout of the given runs, each with a group and parameters of its own."""
     params = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(10 * run + index))
+        torch.randn(shape, generator=torch.Generator().manual_seed(10 * run + index)).to(device)
         for run in runs
         for index, shape in enumerate(SHAPES)
     ]
     rows = [[{**BASE, "lr": 1e-2 * (run + 1)}[name] for name in SCALARS] for run in runs]
+
+    def table(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
     return StepLayout(
         params=params,
         exp_avgs=[torch.zeros_like(p) for p in params],
@@ -58,10 +63,10 @@ def make_layout(runs: list[int], masks: bool) -> StepLayout:
         is_vector=[p.dim() <= 1 for p in params],
         options=[OPTIONS[run] for run in runs],
         run_of=list(range(len(runs))),
-        scalars=torch.tensor(rows, dtype=torch.float64),
-        group_state=torch.zeros(len(runs), len(GROUP_STATE), dtype=torch.float64),
-        tensor_state=torch.zeros(len(params), len(TENSOR_STATE), dtype=torch.float64),
-        skipped_steps=torch.zeros(len(runs), dtype=torch.int64),
+        scalars=torch.tensor(rows, dtype=torch.float64, device=device),
+        group_state=table(len(runs), len(GROUP_STATE)),
+        tensor_state=table(len(params), len(TENSOR_STATE)),
+        skipped_steps=table(len(runs), dtype=torch.int64),
         masks_nonfinite=masks,
     )
 
@@ -70,13 +75,13 @@ def train(
     backend: str, runs: list[int], bad_run: int | None, masks: bool
 ) -> tuple[StepLayout, torch.Tensor]:
     """Six steps; in the third, a gradient of ``bad_run`` holds a NaN."""
-    layout = make_layout(runs, masks)
+    layout = make_layout(runs, masks, device_of(backend))
     stepper = get_backend(backend, layout)
     features = FeatureAccumulator(layout, getattr(stepper, "accumulate_features", None))
     for step in range(6):
         generators = {run: torch.Generator().manual_seed(1000 + 10 * step + run) for run in runs}
         grads = [
-            torch.randn(p.shape, generator=generators[runs[group]])
+            torch.randn(p.shape, generator=generators[runs[group]]).to(p.device)
             for p, group in zip(layout.params, layout.group_of, strict=True)
         ]
         if step == 2 and bad_run in runs:
@@ -86,7 +91,7 @@ def train(
     return layout, features.pop()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", *with_triton()])
 @pytest.mark.parametrize("bad_run", [None, 0, 2])
 @pytest.mark.parametrize("masks", [False, True])
 def test_each_run_is_as_it_would_be_alone(backend: str, masks: bool, bad_run: int | None) -> None:

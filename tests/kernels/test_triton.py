@@ -331,6 +331,21 @@ def test_groups_differ_in_options_scalars_and_gradients() -> None:
     assert_wrong_run_fails(value, layout, grads, 4)
 
 
+def test_runs_of_interleaved_groups_skip_apart() -> None:
+    """Groups 0 and 2 are run 1, groups 1 and 3 run 0, and one of these has no tensors."""
+    options = [OPTIONS["lhopt"], OPTIONS["adamw"], OPTIONS["lhopt_delayed"], OPTIONS["adamw"]]
+    layout = make_layout(options, ((5, 4), (6,), (3, 3), (9, 2)), group_of=(0, 1, 2, 1))
+    layout = replace(layout, run_of=[1, 0, 1, 0], skipped_steps=torch.zeros(2, dtype=torch.int64))
+    for masks in (False, True):
+        layout.masks_nonfinite = masks
+        grads = spoiled(layout, float("nan"))
+        value = run(layout, "triton", grads, 4)
+        assert_same_run(value, run(layout, "reference", grads, 4))
+        assert value.layout.skipped_steps.tolist() == [0, 1]
+        with pytest.raises(AssertionError):
+            assert_same_run(value, run(replace(layout, run_of=[0, 1, 0, 1]), "reference", grads, 4))
+
+
 def spoiled(layout: StepLayout, bad: float, at: int = 2) -> MakeGrads:
     """Gradients with ``bad`` in two elements of tensor 0 in step ``at``."""
 
