@@ -1,18 +1,24 @@
-"""The learner: networks, optimizer, episodes at hand, and one update of PPO after another."""
+"""The learner: networks, optimizer, episodes at hand, and one update of PPO after another.
+
+And a supervised start, which a learner may go on from.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
 
+from lhopt_fused.actions import ActionSpace
 from lhopt_fused.meta.critic import Critic, unroll_critic, unroll_policy
-from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, ppo_losses
+from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, entropy, masked_mean, ppo_losses
+from lhopt_fused.policy.decision import decide
 from lhopt_fused.policy.network import PolicyNetwork
 
-__all__ = ["EpisodeBuffer", "Learner"]
+__all__ = ["EpisodeBuffer", "Learner", "clone_behaviour"]
 
 _STATE_VERSION: Final = 1
 
@@ -285,3 +291,115 @@ class Learner:
             "entropy_weight": self.config.entropy_weight(self.version),
             "version": float(self.version),
         }
+
+
+def clone_behaviour(
+    network: PolicyNetwork,
+    features: torch.Tensor,
+    target_shifts: torch.Tensor,
+    mask: torch.Tensor,
+    space: ActionSpace,
+    *,
+    steps: int = 1000,
+    minibatch_episodes: int = 128,
+    learning_rate: float = 1e-3,
+    entropy_weight: float = 1e-2,
+    reach: float = 0.9,
+    gradient_norm: float = 5.0,
+    seed: int = 0,
+) -> list[float]:
+    """Train a network until its mean decisions are the given ones.
+
+    Minimises the squared difference of the mean shift of each head from its target, in units of
+    the largest shift of the head, minus ``entropy_weight`` times the share of the largest entropy
+    that the head has left, with targets within ``reach``: so that PPO finds heads that still
+    explore. A register head is not trained. First of all the network's input statistics take in
+    all the features.
+
+    Args:
+        network: trained in place, with Adam; left in evaluation mode.
+        features: float32 ``[N, T, F]`` of whole episodes.
+        target_shifts: ``[N, T, 8]``, log multipliers or logit shifts; ones outside of the reach
+            count as the nearest within.
+        mask: bool ``[N, T]``, true from the first step of an episode to its last.
+        space: the actions.
+        steps: gradient steps, each on ``minibatch_episodes`` episodes drawn anew.
+        learning_rate, gradient_norm: of a gradient step.
+        entropy_weight: see above.
+        reach: share of the range between a head's smallest and largest shift; all of it would make
+            heads certain.
+        seed: of the draws.
+
+    Returns:
+        What was minimised at each step.
+
+    Raises:
+        ValueError: there are no episodes, shapes do not fit, or a number is not finite.
+    """
+    _check_demonstrations(network, features, target_shifts, mask, space)
+    device = network.pre.weight.device
+    targets = _within_reach(target_shifts.double().cpu(), space, reach)
+    network.eval().normalisation.take_in(features[mask].to(device))
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    curve = []
+    for _ in range(steps):
+        chosen = torch.randperm(len(mask), generator=generator)[:minibatch_episodes]
+        seen, wanted, valid = (x[chosen.to(x.device)].to(device) for x in (features, targets, mask))
+        loss = _cloning_loss(network, seen, wanted, valid, space, entropy_weight)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_norm, error_if_nonfinite=True)
+        optimizer.step()
+        curve.append(loss.detach())
+    return [loss.item() for loss in curve]
+
+
+def _within_reach(shifts: torch.Tensor, space: ActionSpace, reach: float) -> torch.Tensor:
+    """Shifts ``[..., 8]`` inside the given share of each head's range, around its middle."""
+    limits = [(min(action.shifts), max(action.shifts)) for action in space.actions]
+    low, high = shifts.new_tensor(limits).T
+    middle, half = (low + high) / 2, reach * (high - low) / 2
+    return shifts.clamp(middle - half, middle + half)
+
+
+def _cloning_loss(
+    network: PolicyNetwork,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    space: ActionSpace,
+    entropy_weight: float,
+) -> torch.Tensor:
+    logits = unroll_policy(network, features, mask)
+    zeros = torch.zeros_like(mask, dtype=torch.int64)
+    shifts = decide(logits, space, "mean", seed=zeros, step=zeros).shifts
+    units = [max(map(abs, action.shifts)) or 1.0 for action in space.actions]
+    errors = ((shifts - targets) / shifts.new_tensor(units)).square()
+    largest = [math.log(max(len(action.choices), 2)) for action in space.actions]
+    entropies = entropy(logits, space.head_sizes)[..., : len(space.actions)]
+    left = entropies / logits.new_tensor(largest)
+    return masked_mean((errors - entropy_weight * left).mean(-1), mask)
+
+
+def _check_demonstrations(
+    network: PolicyNetwork,
+    features: torch.Tensor,
+    target_shifts: torch.Tensor,
+    mask: torch.Tensor,
+    space: ActionSpace,
+) -> None:
+    if space.head_sizes != network.shape.heads:
+        raise ValueError(
+            f"the network has heads of {network.shape.heads}, expected {space.head_sizes}"
+        )
+    widths = {"features": network.shape.features, "target_shifts": len(space.actions)}
+    for (name, width), x in zip(widths.items(), (features, target_shifts), strict=True):
+        if x.shape != (*mask.shape, width):
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}, expected {[*mask.shape, width]}, as mask has"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite; leave those episodes out")
+    if not len(mask):
+        raise ValueError("there are no episodes to clone, expected one at least")
