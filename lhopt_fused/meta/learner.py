@@ -87,6 +87,7 @@ class Learner:
     Attributes:
         network: the policy; collect with this one, in evaluation mode as it is.
         average: its average over gradient steps; evaluate and ship this one.
+        initial: the policy that ``kl_to_initial`` holds on to; None where that is 0.
         critic: for :attr:`Episodes.values`.
         version: updates done; for :attr:`Episodes.version`.
 
@@ -117,6 +118,15 @@ class Learner:
         self._optimizer = torch.optim.Adam(
             [*network.parameters(), *critic.parameters()], lr=config.learning_rate
         )
+
+    def start_from_network(self) -> None:
+        """Take the network as it is now for the average too, and for what to stay near to.
+
+        For when it was changed from outside, by :func:`clone_behaviour`, before the first update.
+        """
+        for follower in (self.average, self.initial):
+            if follower is not None:
+                follower.load_state_dict(self.network.state_dict())
 
     def update(self, new_episodes: Episodes) -> dict[str, float]:
         """One iteration of PPO.
