@@ -15,7 +15,14 @@ from torch.optim.optimizer import ParamsT
 
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels import BackendName, StepBackend, get_backend, resolve_backend
-from lhopt_fused.layout import DenseViews, bind_layout, check_disjoint, check_grad, check_params
+from lhopt_fused.layout import (
+    DenseViews,
+    bind_layout,
+    check_disjoint,
+    check_grad,
+    check_params,
+    check_rounding,
+)
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     INNER_FEATURES,
@@ -23,12 +30,14 @@ from lhopt_fused.types import (
     STATISTICS,
     NonFinite,
     NonFiniteGradientError,
+    Rounding,
     StepOptions,
 )
 
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
+_ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
 
 
 class _Run:
@@ -107,9 +116,13 @@ class MeasuredOptimizer(Optimizer):
         backend: BackendName,
         nonfinite: NonFinite,
         keep_grad_signs: bool,
+        rounding: Rounding,
+        rounding_seed: int,
+        master_weights: bool,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
+        check_rounding(rounding, rounding_seed, master_weights)
         resolve_backend(backend, torch.device("cpu"), set())
         if inner_feature_frequency is not None and (
             isinstance(inner_feature_frequency, bool)
@@ -125,6 +138,9 @@ class MeasuredOptimizer(Optimizer):
             "backend": backend,
             "nonfinite": nonfinite,
             "keep_grad_signs": keep_grad_signs,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
+            "master_weights": master_weights,
         }
         self._reset_run()
         super().__init__(params, defaults)
@@ -148,6 +164,18 @@ class MeasuredOptimizer(Optimizer):
     @abstractmethod
     def _scalars(self, group: dict[str, Any]) -> tuple[float, ...]:
         """The numbers of ``group`` in the order of :data:`SCALARS`; refuses bad values."""
+
+    def settings(self, group: int = 0) -> tuple[StepOptions, tuple[float, ...]]:
+        """What the backends step a param group with, checked.
+
+        Returns:
+            Its static options, and its numbers in the order of ``types.SCALARS``.
+
+        Raises:
+            ValueError: a hyperparameter is not acceptable.
+        """
+        chosen = self.param_groups[group]
+        return self._options(chosen), self._scalars(chosen)
 
     # ------------------------------------------------------------------ torch's optimizer
 
@@ -330,6 +358,10 @@ class MeasuredOptimizer(Optimizer):
         dtypes = {p.dtype for p in params}
         return resolve_backend(self._settings["backend"], params[0].device, dtypes)
 
+    def _rounding(self) -> dict[str, Any]:
+        """Settings of 16-bit parameters."""
+        return {name: self._settings[name] for name in _ROUNDING}
+
     def _retire_run(self) -> None:
         """Forget the binding, keeping what it has counted."""
         if self._run is not None:
@@ -403,6 +435,7 @@ class MeasuredOptimizer(Optimizer):
             self._group_options,
             keep_grad_signs=self._settings["keep_grad_signs"],
             masks_nonfinite=self._settings["nonfinite"] == "mask",
+            **self._rounding(),
         )
         layout.skipped_steps.fill_(self._skipped)
         run = _Run(params, views, states, get_backend(self._backend_name(params), layout))
@@ -429,11 +462,14 @@ class MeasuredOptimizer(Optimizer):
             "inner_step": self._inner_step,
             "skipped_steps": self.skipped_steps,
             "feature_sums": sums.clone() if sums is not None else None,
+            **self._rounding(),
         }
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.
+
+        How 16-bit parameters are rounded comes with it, like what is in ``param_groups``.
 
         Raises:
             ValueError: the saved groups do not fit the ones here.
@@ -446,6 +482,7 @@ class MeasuredOptimizer(Optimizer):
                 if isinstance(value, torch.Tensor):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
         measured = state_dict.get(_STATE_KEY, {})
+        self._settings |= {name: measured[name] for name in _ROUNDING if name in measured}
         self._run = None
         self._group_values = []
         self._inner_step = measured.get("inner_step", 0)

@@ -1,0 +1,211 @@
+"""What workers do: pure functions of what is sent to them, each a picklable callable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lhopt_fused.meta.baselines import (
+    DEFAULT_OF_GRID,
+    SCHEDULES,
+    Curves,
+    adamw_grid,
+    curves,
+    final_losses,
+)
+from lhopt_fused.meta.config import MetaConfig
+from lhopt_fused.meta.control import HandControl, control_grid, demonstrate
+from lhopt_fused.meta.critic import Critic
+from lhopt_fused.meta.episode import PRIVILEGED_INPUTS, EpisodeBatch, sample_tasks
+from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward
+from lhopt_fused.meta.rollout import collect, play
+from lhopt_fused.meta.setting import Setting
+from lhopt_fused.policy import FEATURES, PolicyNetwork
+
+__all__ = [
+    "Collect",
+    "Demonstrate",
+    "FindReferences",
+    "Play",
+    "References",
+    "ScoreControls",
+    "Weights",
+    "pack",
+]
+
+Weights = Mapping[str, NDArray[np.float32]]
+"""A module's ``state_dict`` in NumPy, which every kind of worker can be sent."""
+
+
+def pack(module: torch.nn.Module) -> Weights:
+    """Copies of a module's parameters and buffers."""
+    state = module.state_dict()
+    return {name: value.detach().cpu().numpy().copy() for name, value in state.items()}
+
+
+def _unpacked(module: torch.nn.Module, weights: Weights) -> None:
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    module.eval()
+
+
+def make_network(config: MetaConfig, weights: Weights | None = None) -> PolicyNetwork:
+    """The policy network of a configuration, fresh or with weights."""
+    network = PolicyNetwork(config.policy.shape)
+    if weights is not None:
+        _unpacked(network, weights)
+    return network
+
+
+def make_critic(config: MetaConfig, weights: Weights | None = None) -> Critic:
+    """The critic of a configuration, fresh or with weights."""
+    critic = Critic(len(FEATURES), PRIVILEGED_INPUTS, config.policy.hidden)
+    if weights is not None:
+        _unpacked(critic, weights)
+    return critic
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all jobs know.
+
+    Attributes:
+        config: of the meta-training.
+        setting: the batch of episodes that this is about.
+        data_dir: for families that read files.
+    """
+
+    config: MetaConfig
+    setting: Setting
+    data_dir: Path | None
+
+    def batch(self, start: Mapping[str, float], noise: bool, baseline: bool) -> EpisodeBatch:
+        """Fresh episodes."""
+        config = self.config
+        return EpisodeBatch(
+            self.setting,
+            config.policy.settings(start),
+            config.policy.action_space,
+            noise=config.noise if noise else None,
+            hidden_eval=config.tasks.hidden_eval,
+            baseline=config.baseline if baseline else None,
+            data_dir=self.data_dir,
+            hide=config.policy.hide,
+        )
+
+
+@dataclass(frozen=True)
+class Collect(Job):
+    """Episodes under the policy being trained, to learn from."""
+
+    start: Mapping[str, float]
+    network: Weights
+    critic: Weights
+    version: int
+
+    def __call__(self) -> dict[str, NDArray[np.generic]]:
+        episodes = collect(
+            self.batch(self.start, noise=True, baseline=True),
+            make_network(self.config, self.network),
+            make_critic(self.config, self.critic),
+            self.version,
+        )
+        return {name: tensor.numpy() for name, tensor in episodes.to_tensors().items()}
+
+
+@dataclass(frozen=True)
+class Demonstrate(Job):
+    """Episodes under the hand control, to imitate."""
+
+    start: Mapping[str, float]
+    control: HandControl
+
+    def __call__(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        batch = self.batch(self.start, noise=True, baseline=False)
+        features, targets = demonstrate(batch, self.control, self.config.cloning.wander)
+        return features.numpy(), targets.numpy()
+
+
+@dataclass(frozen=True)
+class ScoreControls(Job):
+    """How each of the possible hand controls does: its mean reward over the tasks."""
+
+    start: Mapping[str, float]
+
+    def __call__(self) -> NDArray[np.float64]:
+        tasks = sample_tasks(self.setting, "cpu", self.data_dir)
+        grid = control_grid()
+        losses = final_losses(
+            tasks,
+            [self.config.policy.settings({**self.start, "lr": c.lr}) for c in grid],
+            [SCHEDULES[control.schedule] for control in grid],
+            self.setting.total_steps,
+        )
+        curve = _fit(curves(tasks, self.setting.total_steps, self.config.baseline))
+        rewards = [speedup_reward(curve, row, self.setting.total_steps) for row in losses]
+        return torch.stack(rewards).mean(-1).numpy()
+
+
+class References(NamedTuple):
+    """What a policy is compared with on the R tasks of a setting; report losses, float64.
+
+    Attributes:
+        default: AdamW at 1e-3, ``[R]``.
+        grid: AdamW in each of its 35 configurations, ``[35, R]``.
+        control: the hand control, ``[R]``.
+        curve_steps, curve_losses: the baseline of the reward.
+    """
+
+    default: NDArray[np.float64]
+    grid: NDArray[np.float64]
+    control: NDArray[np.float64]
+    curve_steps: NDArray[np.float64]
+    curve_losses: NDArray[np.float64]
+
+    def rewards(self, losses: NDArray[np.float64], total_steps: int) -> NDArray[np.float64]:
+        """Log speed-up over the baseline, ``[R]``, of runs that ended at ``losses``."""
+        steps, points = torch.from_numpy(self.curve_steps), torch.from_numpy(self.curve_losses)
+        curve = _fit(Curves(steps, points))
+        return speedup_reward(curve, torch.from_numpy(losses), total_steps).numpy()
+
+
+@dataclass(frozen=True)
+class FindReferences(Job):
+    """The references of a setting."""
+
+    start: Mapping[str, float]
+    control: HandControl
+
+    def __call__(self) -> References:
+        tasks = sample_tasks(self.setting, "cpu", self.data_dir)
+        steps = self.setting.total_steps
+        settings, schedules = adamw_grid()
+        grid = final_losses(tasks, settings, schedules, steps)
+        own = self.config.policy.settings({**self.start, "lr": self.control.lr})
+        control = final_losses(tasks, [own], [SCHEDULES[self.control.schedule]], steps)[0]
+        default = grid[DEFAULT_OF_GRID]
+        found = curves(tasks, steps, self.config.baseline)
+        arrays = (default, grid, control, found.steps, found.losses)
+        return References(*(array.numpy() for array in arrays))
+
+
+@dataclass(frozen=True)
+class Play(Job):
+    """Episodes as the trained policy would be used, without noise."""
+
+    start: Mapping[str, float]
+    network: Weights
+
+    def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        batch = self.batch(self.start, noise=False, baseline=False)
+        outcome = play(batch, make_network(self.config, self.network))
+        return outcome.losses.numpy(), outcome.hyperparameters.numpy()
+
+
+def _fit(found: Curves) -> PowerCurve:
+    return fit_power_curve(found.losses[:, 0], found.steps[1:], found.losses[:, 1:])

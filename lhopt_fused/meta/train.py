@@ -1,0 +1,409 @@
+"""Meta-training from a configuration to a policy file: search, imitate, improve, choose."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
+from lhopt_fused.meta.control import HandControl, control_grid
+from lhopt_fused.meta.jobs import (
+    Collect,
+    Demonstrate,
+    ScoreControls,
+    Weights,
+    make_critic,
+    make_network,
+    pack,
+)
+from lhopt_fused.meta.learner import Learner, clone_behaviour
+from lhopt_fused.meta.ppo import Episodes
+from lhopt_fused.meta.setting import Setting
+from lhopt_fused.meta.validation import Report, Validation
+from lhopt_fused.meta.workers import Pending, Workers
+from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
+
+__all__ = ["MetaTraining", "Update"]
+
+# one stream of seeds for each purpose, so that none depends on how much another drew
+_COLLECT, _SEARCH, _DEMONSTRATE, _VALIDATE = range(4)
+_CHECKPOINT: Final = "checkpoint.pt"
+_LOG: Final = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did.
+
+    Attributes:
+        index: updates done.
+        episodes: collected so far.
+        seconds: of training so far.
+        reward: mean over the new episodes.
+        metrics: of the learner.
+        report: of the averaged policy, where this update was followed by a validation.
+    """
+
+    index: int
+    episodes: int
+    seconds: float
+    reward: float
+    metrics: Mapping[str, float]
+    report: Report | None
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside the learner; plain values and weights."""
+
+    updates: int = 0
+    episodes: int = 0
+    seconds: float = 0.0
+    control: HandControl | None = None
+    best_score: float = -float("inf")
+    best: Weights | None = None
+    best_report: dict[str, Any] = field(default_factory=dict)
+
+
+class MetaTraining:
+    """One meta-training run in a folder; it may be stopped at any time and goes on where it was.
+
+    Every batch of episodes is a pure function of the configuration, its number and the weights that
+    it is sent; the weights are always those before the last update, so that episodes are collected
+    while the learner learns. The run is the same for any number of workers, and after a resume.
+
+    Args:
+        config: what is trained.
+        folder: for checkpoints, the log and the policy; made if need be.
+        workers: who runs episodes.
+        data_dir: for families that read files.
+        commit: of the code, for the policy file.
+
+    Raises:
+        ValueError: the folder holds the run of another configuration, or of other policy features.
+    """
+
+    def __init__(
+        self,
+        config: MetaConfig,
+        folder: Path,
+        workers: Workers,
+        *,
+        data_dir: Path | None = None,
+        commit: str = "",
+    ) -> None:
+        self.config, self.folder, self.commit = config, folder, commit
+        self._workers, self._data_dir = workers, data_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network, critic = make_network(config), make_critic(config)
+        self._learner = Learner(network, critic, config.ppo, seed=config.seed)
+        self._progress = _Progress()
+        self._acting = self._weights()
+        self._load()
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self, on_update: Callable[[Update], None] | None = None) -> Path:
+        """Train until the configuration's updates or minutes are used up.
+
+        Args:
+            on_update: called after each update.
+
+        Returns:
+            Path of the policy file.
+        """
+        began = time.monotonic()
+        before = self._progress.seconds
+        if self._progress.control is None:
+            self._begin()
+            self._clock(before, began)
+            self._save()
+        saved = time.monotonic()
+        pending: Pending[dict[str, Any]] | None = None
+        while not self._over():
+            pending = pending or self._start_collecting()
+            arrays = pending.results()
+            pending = None
+            acting = self._weights()
+            following = self._collect_jobs(self._progress.updates + 1, acting)
+            if not self._last():
+                pending = self._workers.start(following)
+            update = self._learn(arrays)
+            self._acting = acting
+            self._clock(before, began)
+            update = replace(update, seconds=self._progress.seconds)
+            if self._progress.updates % self.config.validation.every == 0:
+                update = replace(update, report=self._validate())
+            self._log(update)
+            if on_update is not None:
+                on_update(update)
+            if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+        if pending is not None:
+            pending.results()
+        self._validate()
+        self._save()
+        return self._write_policy()
+
+    def _over(self) -> bool:
+        done = self._progress
+        return done.updates >= self.config.updates or done.seconds >= 60 * self.config.minutes
+
+    def _last(self) -> bool:
+        """Whether the update to come is the last one by number."""
+        return self._progress.updates + 1 >= self.config.updates
+
+    def _clock(self, before: float, began: float) -> None:
+        self._progress.seconds = before + time.monotonic() - began
+
+    def settings(self, purpose: int, count: int, first: int = 0) -> list[Setting]:
+        """Settings of one of the streams of seeds."""
+        distribution = self.config.validation_tasks if purpose == _VALIDATE else self.config.tasks
+        seeds = [
+            int(np.random.SeedSequence([self.config.seed, purpose, index]).generate_state(1)[0])
+            for index in range(first, first + count)
+        ]
+        return [distribution.draw(seed) for seed in seeds]
+
+    # ------------------------------------------------------------------ before PPO
+
+    def _begin(self) -> None:
+        """Find the hand control and start from imitating it."""
+        own = self.config.cloning
+        jobs = [
+            ScoreControls(self.config, setting, self._data_dir, START_HYPERPARAMETERS)
+            for setting in self.settings(_SEARCH, own.settings)
+        ]
+        scores = np.mean(self._workers.start(jobs).results(), axis=0)
+        control = control_grid()[int(scores.argmax())]
+        self._progress.control = control
+        table = [
+            {**candidate.to_plain(), "reward": float(score)}
+            for candidate, score in zip(control_grid(), scores, strict=True)
+        ]
+        (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
+        if own.batches:
+            self._imitate(control)
+        self._acting = self._weights()
+
+    def _imitate(self, control: HandControl) -> None:
+        own = self.config.cloning
+        jobs = [
+            Demonstrate(self.config, setting, self._data_dir, self.start, control)
+            for setting in self.settings(_DEMONSTRATE, own.batches)
+        ]
+        features, targets, mask = _padded(self._workers.start(jobs).results())
+        losses = clone_behaviour(
+            self._learner.network,
+            features,
+            targets,
+            mask,
+            self.config.policy.action_space,
+            steps=own.steps,
+            learning_rate=own.learning_rate,
+            entropy_weight=own.entropy,
+            seed=self.config.seed,
+        )
+        (self.folder / "imitation.json").write_text(json.dumps(losses))
+        self._learner.average.load_state_dict(self._learner.network.state_dict())
+
+    @property
+    def start(self) -> dict[str, float]:
+        """Hyperparameters that runs under the policy start with: the hand control's peak."""
+        control = self._progress.control
+        peak = {} if control is None else {"lr": control.lr}
+        return {**START_HYPERPARAMETERS, **peak}
+
+    # ------------------------------------------------------------------ PPO
+
+    def _weights(self) -> tuple[Weights, Weights]:
+        return pack(self._learner.network), pack(self._learner.critic)
+
+    def _start_collecting(self) -> Pending[dict[str, Any]]:
+        return self._workers.start(self._collect_jobs(self._progress.updates, self._acting))
+
+    def _collect_jobs(self, update: int, acting: tuple[Weights, Weights]) -> list[Collect]:
+        count = self.config.batches
+        version = max(0, update - 1)
+        return [
+            Collect(self.config, setting, self._data_dir, self.start, *acting, version)
+            for setting in self.settings(_COLLECT, count, update * count)
+        ]
+
+    def _learn(self, arrays: list[dict[str, Any]]) -> Update:
+        parts = [
+            Episodes.from_tensors({name: torch.from_numpy(a) for name, a in part.items()})
+            for part in arrays
+        ]
+        metrics = self._learner.update(Episodes.concatenate(parts))
+        rewards = torch.cat([part.rewards.sum(1) for part in parts])
+        self._progress.updates += 1
+        self._progress.episodes += len(rewards)
+        return Update(
+            self._progress.updates,
+            self._progress.episodes,
+            self._progress.seconds,
+            float(rewards.mean()),
+            metrics,
+            None,
+        )
+
+    # ------------------------------------------------------------------ choosing
+
+    def validation(self) -> Validation:
+        """The tasks that policies are chosen on."""
+        control = self._progress.control
+        if control is None:
+            raise RuntimeError("there is no hand control yet: run() searches it first")
+        settings = self.settings(_VALIDATE, self.config.validation.settings)
+        return Validation(
+            self.config, settings, self.start, control, self._workers, self.folder, self._data_dir
+        )
+
+    def _validate(self) -> Report:
+        weights = pack(self._learner.average)
+        report = self.validation().report(weights)
+        score = report.reward + report.beats_control
+        if score > self._progress.best_score:
+            self._progress.best_score, self._progress.best = score, weights
+            self._progress.best_report = {
+                **report.to_plain(),
+                "updates": self._progress.updates,
+                "episodes": self._progress.episodes,
+            }
+        return report
+
+    def policy(self) -> LearnedPolicy:
+        """The best policy so far."""
+        best = self._progress.best
+        network = make_network(
+            self.config, best if best is not None else pack(self._learner.average)
+        )
+        control = self._progress.control
+        return LearnedPolicy.from_network(
+            network,
+            name=self.config.name,
+            action_space=self.config.policy.action_space,
+            start_hyperparameters=self.start,
+            trained_on={
+                "config": self.config.to_plain(),
+                "control": None if control is None else control.to_plain(),
+                "validation": self._progress.best_report,
+                "updates": self._progress.updates,
+                "episodes": self._progress.episodes,
+                "hours": self._progress.seconds / 3600,
+                "torch": torch.__version__,
+            },
+            commit=self.commit,
+        )
+
+    def _write_policy(self) -> Path:
+        path = self.folder / f"{self.config.name}.safetensors"
+        save_policy(self.policy(), path)
+        return path
+
+    # ------------------------------------------------------------------ saving
+
+    def _log(self, update: Update) -> None:
+        row = {
+            "update": update.index,
+            "episodes": update.episodes,
+            "seconds": update.seconds,
+            "reward": update.reward,
+            **update.metrics,
+        }
+        if update.report is not None:
+            row |= {f"validation_{name}": x for name, x in update.report.to_plain().items()}
+        with (self.folder / _LOG).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        """Write a checkpoint; the file is whole at any time."""
+        progress = self._progress
+        state = {
+            "config": self.config.to_plain(),
+            "features": FEATURES_HASH,
+            "learner": self._learner.state_dict(),
+            "acting": [_tensors(weights) for weights in self._acting],
+            "updates": progress.updates,
+            "episodes": progress.episodes,
+            "seconds": progress.seconds,
+            "control": None if progress.control is None else progress.control.to_plain(),
+            "best_score": progress.best_score,
+            "best": None if progress.best is None else _tensors(progress.best),
+            "best_report": progress.best_report,
+        }
+        partial = self.folder / f"{_CHECKPOINT}.partial"
+        torch.save(state, partial)
+        partial.replace(self.folder / _CHECKPOINT)
+
+    def _load(self) -> None:
+        path = self.folder / _CHECKPOINT
+        if not path.is_file():
+            return
+        state = torch.load(path, weights_only=True)
+        if state["features"] != FEATURES_HASH:
+            raise ValueError(
+                f"{path} was written for other policy features than this version has; "
+                "begin anew in another folder, or go on with the version that wrote it"
+            )
+        self._check_config(path, state["config"])
+        self._learner.load_state_dict(state["learner"])
+        acting, critic = (_arrays(tensors) for tensors in state["acting"])
+        self._acting = acting, critic
+        control, best = state["control"], state["best"]
+        self._progress = _Progress(
+            state["updates"],
+            state["episodes"],
+            state["seconds"],
+            None if control is None else HandControl(**control),
+            state["best_score"],
+            None if best is None else _arrays(best),
+            state["best_report"],
+        )
+
+    def _check_config(self, path: Path, plain: Mapping[str, Any]) -> None:
+        """A run may go on for longer, or with other workers, but not with anything else."""
+        free = ("updates", "minutes", "workers", "checkpoint_minutes")
+        mine = {**self.config.to_plain(), **dict.fromkeys(free)}
+        theirs = {**config_from_plain(plain).to_plain(), **dict.fromkeys(free)}
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{path} was written with {name} = {theirs[name]!r}, the configuration has "
+                    f"{value!r}; begin anew in another folder"
+                )
+
+
+def _padded(shown: list[tuple[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Demonstrations of several lengths as features ``[N, T, F]``, targets and mask."""
+    longest = max(targets.shape[1] for _, targets in shown)
+    columns = []
+    for features, targets in shown:
+        mask = np.ones(targets.shape[:2], dtype=bool)
+        room = [(0, 0), (0, longest - targets.shape[1])]
+        columns.append(
+            [np.pad(x, [*room, *[(0, 0)] * (x.ndim - 2)]) for x in (features, targets, mask)]
+        )
+    features, targets, mask = (
+        torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)
+    )
+    return features, targets, mask
+
+
+def _tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Weights:
+    return {name: value.numpy() for name, value in tensors.items()}

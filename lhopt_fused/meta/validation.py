@@ -1,0 +1,153 @@
+"""How good a policy is on tasks that it was not trained on, beside AdamW and the hand control."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lhopt_fused.meta.config import MetaConfig
+from lhopt_fused.meta.control import HandControl
+from lhopt_fused.meta.jobs import FindReferences, Play, References, Weights
+from lhopt_fused.meta.setting import Setting
+from lhopt_fused.meta.workers import Workers
+
+__all__ = ["Report", "Validation", "wins"]
+
+
+def wins(losses: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where a loss is lower than the other's, 0.5 where equal; one that is not finite loses."""
+    mine, theirs = (np.nan_to_num(x, nan=np.inf, posinf=np.inf) for x in (losses, others))
+    return np.where(mine < theirs, 1.0, np.where(mine == theirs, 0.5, 0.0))
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a policy did; each is a mean over all tasks of all settings.
+
+    Attributes:
+        reward: log speed-up over the baseline of the reward.
+        control_reward: that of the hand control.
+        beats_default: share of the tasks that end below AdamW at 1e-3.
+        beats_grid: likewise, below the best of the 35 configurations of AdamW.
+        beats_control: likewise, below the hand control.
+        tasks: how many.
+    """
+
+    reward: float
+    control_reward: float
+    beats_default: float
+    beats_grid: float
+    beats_control: float
+    tasks: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class Validation:
+    """The same tasks for every policy; what they are compared with is found once and kept.
+
+    Args:
+        config: of the meta-training.
+        settings: what is played.
+        start: hyperparameters that runs start with.
+        control: the hand control.
+        workers: who plays.
+        folder: where references are kept from one use to the next.
+        data_dir: for families that read files.
+    """
+
+    def __init__(
+        self,
+        config: MetaConfig,
+        settings: Sequence[Setting],
+        start: Mapping[str, float],
+        control: HandControl,
+        workers: Workers,
+        folder: Path,
+        data_dir: Path | None = None,
+    ) -> None:
+        self.settings = list(settings)
+        self._config, self._workers, self._data_dir = config, workers, data_dir
+        self._start, self._control = dict(start), control
+        self._folder = folder
+        self._references: list[References] | None = None
+
+    @property
+    def references(self) -> list[References]:
+        """What policies are compared with, per setting."""
+        if self._references is None:
+            self._references = self._found()
+        return self._references
+
+    def losses(self, network: Weights) -> list[NDArray[np.float64]]:
+        """Report losses ``[R]`` at the end of the runs of each setting under a policy."""
+        jobs = [
+            Play(self._config, setting, self._data_dir, self._start, network)
+            for setting in self.settings
+        ]
+        return [losses for losses, _ in self._workers.start(jobs).results()]
+
+    def report(self, network: Weights) -> Report:
+        """Play all settings under a policy and compare."""
+        return self.compare(self.losses(network))
+
+    def compare(self, losses: Sequence[NDArray[np.float64]]) -> Report:
+        """How losses as :meth:`losses` gives them compare with the references."""
+        rows = []
+        for setting, mine, other in zip(self.settings, losses, self.references, strict=True):
+            best = np.nan_to_num(other.grid, nan=np.inf).min(0)
+            rows.append(
+                (
+                    other.rewards(mine, setting.total_steps),
+                    other.rewards(other.control, setting.total_steps),
+                    wins(mine, other.default),
+                    wins(mine, best),
+                    wins(mine, other.control),
+                )
+            )
+        table = np.concatenate([np.stack(row) for row in rows], axis=1)
+        return Report(*map(float, table.mean(1)), tasks=table.shape[1])
+
+    def _found(self) -> list[References]:
+        """References from the folder, or else from the workers."""
+        path = self._folder / f"references-{self._key()}.npz"
+        names = [f"{index}.{field}" for index in range(len(self.settings)) for field in _FIELDS]
+        if path.is_file():
+            with np.load(path) as held:
+                flat = [held[name] for name in names]
+        else:
+            jobs = [
+                FindReferences(self._config, setting, self._data_dir, self._start, self._control)
+                for setting in self.settings
+            ]
+            flat = [array for found in self._workers.start(jobs).results() for array in found]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **dict(zip(names, flat, strict=True)))
+            partial.replace(path)
+        width = len(_FIELDS)
+        return [References(*flat[at : at + width]) for at in range(0, len(flat), width)]
+
+    def _key(self) -> str:
+        """Identifies the references by all that they depend on."""
+        described = {
+            "settings": [asdict(setting) for setting in self.settings],
+            "start": self._start,
+            "control": self._control.to_plain(),
+            "baseline": self._config.baseline,
+            "trust": self._config.policy.trust,
+            "data_dir": str(self._data_dir),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_FIELDS = References._fields
