@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
 from lhopt_fused.policy.plain import moved
-from lhopt_fused.registers import RestartRegisters
+from lhopt_fused.registers import RestartRegisters, state_bytes
 from lhopt_fused.types import HYPERPARAMETERS, INNER_FEATURES
 
 __all__ = ["LHOPT"]
@@ -65,7 +64,8 @@ class LHOPT(CIAO):
         sample: draw decisions instead of taking the mean of the log multipliers.
         seed: of those draws.
         restart_registers: number of :class:`RestartRegisters`; a policy that uses them needs 3.
-        register_folder: keep registers in files there instead of in memory.
+        register_folder: keep registers in files there instead of in memory; runs can share it,
+            and the files go with the optimizer: checkpoints hold what they hold.
         eval_fn: called without gradients at the end of each outer step; returns the eval loss.
         callback: called with the :class:`OuterStep` at the end of each outer step.
         start: other keywords of :class:`CIAO`, to start elsewhere than the policy says.
@@ -78,6 +78,7 @@ class LHOPT(CIAO):
 
     Raises:
         ValueError: ``total_steps`` or ``outer_steps`` do not fit, or the policy needs registers.
+        RegisterFileError: ``register_folder`` cannot be written to.
         PolicyFileError, FileNotFoundError: there is no such policy, or the file is not one.
     """
 
@@ -107,9 +108,7 @@ class LHOPT(CIAO):
             )
         self._draws: dict[str, Any] = {"mode": "sample" if sample else "mean", "seed": seed}
         self._policy_run = self.policy.start_run(**self._draws)
-        self.registers = RestartRegisters(
-            restart_registers, Path(register_folder) if register_folder is not None else None
-        )
+        self.registers = RestartRegisters(restart_registers, register_folder)
         self.eval_fn, self.callback = eval_fn, callback
         self.history: list[OuterStep] = []
         self.observes_closure = True
@@ -270,7 +269,7 @@ class LHOPT(CIAO):
     @property
     def register_bytes(self) -> int:
         """Bytes that one restart register takes."""
-        return sum(value.nbytes for value in self._training_state().values())
+        return state_bytes(self._training_state())
 
     def save_register(self, index: int) -> None:
         """Copy the training state (parameters and optimizer state) into register ``index``."""
@@ -301,7 +300,8 @@ class LHOPT(CIAO):
     def _state_of_use(self, index: int) -> None:
         """Say how much memory a register takes before it is taken."""
         if index < len(self.registers) and math.isnan(self.registers.progress[index]):
-            _LOG.info("restart register %d takes %d bytes", index, self.register_bytes)
+            where = self.registers.folder or "host memory"
+            _LOG.info("restart register %d takes %d bytes in %s", index, self.register_bytes, where)
 
     def _last_seen(self) -> tuple[float, float]:
         last = self.history[-1] if self.history else None

@@ -280,6 +280,7 @@ def test_resumes_bit_identically_wherever_it_is_saved(tmp_path: Path, draw: int)
         "keep_grad_signs": chance.random() < 0.5,
         "inner_feature_frequency": chance.choice([1, 2, 4]),
         "backend": backend,
+        "register_folder": tmp_path if registers and chance.random() < 0.5 else None,
     }
     params = make_params(dtype)
     optimizer = LHOPT(params, 30, **keywords)
