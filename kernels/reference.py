@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
     GROUP_STATE,
     SCALARS,
@@ -48,14 +49,19 @@ def unpack_bits(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Undo :func:`is_negative_bits`: a bool tensor with the shape and memory order of ``like``."""
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = ((bits[:, None] >> positions) & 1).flatten()[: like.numel()]
-    unpacked = torch.empty_like(like, dtype=torch.bool)
-    _memory_order(unpacked).copy_(flat)
-    return unpacked
+    return _in_memory_order(flat.to(torch.bool), like)
 
 
 def _memory_order(x: torch.Tensor) -> torch.Tensor:
     """The elements of a dense tensor as a 1-d view in the order in which they lie in memory."""
     return x.as_strided((x.numel(),), (1,))
+
+
+def _in_memory_order(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``flat [numel]`` with the shape of ``like``: element i is the i-th of ``like`` in memory."""
+    shaped = torch.empty_like(like, dtype=flat.dtype)
+    _memory_order(shaped).copy_(flat)
+    return shaped
 
 
 def clip_coefficient(
@@ -93,8 +99,8 @@ def clip_coefficient(
 class _TensorStep:
     """One tensor's step: its arrays and the scalars that govern it.
 
-    Elements with a gradient that is not finite are left alone, and out of every sum but
-    ``param_sq``.
+    ``weights`` is what is stepped: the parameter, or its float32 master. Elements with a gradient
+    that is not finite are left alone, and out of every sum but ``param_sq``.
     """
 
     options: StepOptions
@@ -102,11 +108,12 @@ class _TensorStep:
     state: dict[str, float]
     clip: float
     uses_trust: bool
-    param: torch.Tensor
+    weights: torch.Tensor
     grad: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     grad_signs: torch.Tensor | None
+    random_key: tuple[int, int] | None  # seed and tensor, where rounding is stochastic
 
     def run(self) -> dict[str, float]:
         """Update parameter, moments and state in place; return the statistics."""
@@ -115,7 +122,7 @@ class _TensorStep:
         finite = torch.isfinite(self.grad)
         g = self.grad.to(self.exp_avg.dtype).where(finite, 0.0)
         g = g * (-self.clip if self.options.maximize else self.clip)
-        p = self.param.to(self.exp_avg.dtype, copy=True)
+        p = self.weights.to(self.exp_avg.dtype, copy=True)
         momentum = self.exp_avg.where(finite, 0.0)
         first_step = state["step"] == 0
 
@@ -143,9 +150,9 @@ class _TensorStep:
             decay = 1.0 - step_size * s["weight_decay"]
         self.exp_avg.copy_(m.where(finite, self.exp_avg))
         self.exp_avg_sq.copy_(v.where(finite, self.exp_avg_sq))
-        self.param.copy_((p * decay - step_size * u).where(finite, p))
+        self.weights.copy_(self._rounded((p * decay - step_size * u).where(finite, p)))
         if self.uses_trust:
-            state["param_norm"] = math.sqrt(_dot(self.param, self.param))
+            state["param_norm"] = math.sqrt(_dot(self.weights, self.weights))
 
         m_hat_minus_grad = 0.0 if first_step else _dot(m_hat - g, m_hat - g)
         return {
@@ -169,6 +176,16 @@ class _TensorStep:
             "count_same_sign_momentum": _total(((g < 0) == (momentum < 0)) & finite),
             "count_same_sign_grad": self._same_sign_as_last(g, finite, first_step),
         }
+
+    def _rounded(self, result: torch.Tensor) -> torch.Tensor:
+        """``result`` as a number of the weights' dtype, where chance has a say in that."""
+        if self.random_key is None or self.weights.dtype not in (torch.bfloat16, torch.float16):
+            return result
+        elements = torch.arange(result.numel(), device=result.device)
+        words = random_words(*self.random_key, int(self.state["step"]), elements)
+        return round_stochastically(
+            result, _in_memory_order(words, self.weights), self.weights.dtype
+        )
 
     def _warmup(self) -> float:
         """Approximate RAdam warm-up of the learning rate, or 1."""
@@ -235,6 +252,7 @@ class ReferenceBackend:
             options = layout.options[group]
             row = layout.tensor_state[index]
             state = dict(zip(TENSOR_STATE, row.tolist(), strict=True))
+            master = layout.master_params[index] if layout.master_params else None
             measured = _TensorStep(
                 options=options,
                 scalars=scalars[group],
@@ -242,12 +260,17 @@ class ReferenceBackend:
                 clip=clips[group],
                 uses_trust=options.trust is not Trust.NONE
                 and not (options.trust_ignores_vectors and layout.is_vector[index]),
-                param=layout.params[index],
+                weights=layout.params[index] if master is None else master,
                 grad=grad,
                 exp_avg=layout.exp_avgs[index],
                 exp_avg_sq=layout.exp_avg_sqs[index],
                 grad_signs=layout.grad_signs[index] if layout.grad_signs else None,
+                random_key=(
+                    (layout.rounding_seed, index) if layout.rounding == "stochastic" else None
+                ),
             ).run()
+            if master is not None:
+                layout.params[index].copy_(master)
             row.copy_(torch.tensor([state[name] for name in TENSOR_STATE], dtype=torch.float64))
             if statistics is not None:
                 values = [measured[name] for name in STATISTICS]

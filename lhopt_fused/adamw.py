@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.optimizer import MeasuredOptimizer
-from lhopt_fused.types import NonFinite, StepOptions
+from lhopt_fused.types import NonFinite, Rounding, StepOptions
 
 __all__ = ["AdamW"]
 
@@ -32,7 +32,8 @@ class AdamW(MeasuredOptimizer):
         maximize: step along the gradient instead of against it.
         foreach, capturable, fused: accepted for compatibility; the backend decides.
         differentiable: not supported; must be False.
-        inner_feature_frequency, backend, nonfinite, keep_grad_signs: as for :class:`CIAO`.
+        inner_feature_frequency, backend, nonfinite, keep_grad_signs, master_weights, rounding,
+            rounding_seed: as for :class:`CIAO`.
 
     Raises:
         ValueError, TypeError: a bad hyperparameter or parameter, named.
@@ -58,6 +59,9 @@ class AdamW(MeasuredOptimizer):
         backend: BackendName = "auto",
         nonfinite: NonFinite = "skip",
         keep_grad_signs: bool = False,
+        master_weights: bool = False,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,6 +82,9 @@ class AdamW(MeasuredOptimizer):
             backend=backend,
             nonfinite=nonfinite,
             keep_grad_signs=keep_grad_signs,
+            master_weights=master_weights,
+            rounding=rounding,
+            rounding_seed=rounding_seed,
         )
 
     def _options(self, group: dict[str, Any]) -> StepOptions:

@@ -16,6 +16,7 @@ from lhopt_fused.types import (
     Clip,
     Denominator,
     NonFinite,
+    Rounding,
     StepOptions,
     Trust,
     WeightDecay,
@@ -78,6 +79,14 @@ class CIAO(MeasuredOptimizer):
         nonfinite: what NaN or inf in a gradient does: ``"skip"`` the step, ``"mask"`` the elements
             (no pass over the gradients before the step), or ``"raise"``.
         keep_grad_signs: keep one bit per element for the sign agreement of consecutive gradients.
+        master_weights: keep float32 weights in the state of bfloat16 and float16 parameters; the
+            step is theirs, and the parameters are their copies, rounded to the nearest. They begin
+            as the parameters are at the first step; what is written to a parameter after that is
+            lost. Other parameters have none.
+        rounding: what becomes of results in bfloat16 and float16 parameters without such weights:
+            ``"nearest"`` loses updates that are too small for the parameter, ``"stochastic"``
+            rounds up or down at random, so that they are there on average.
+        rounding_seed: of that randomness; with the same seed, a run gives the same bits.
 
     Raises:
         ValueError, TypeError: a bad hyperparameter or parameter, named.
@@ -119,6 +128,9 @@ class CIAO(MeasuredOptimizer):
         backend: BackendName = "auto",
         nonfinite: NonFinite = "skip",
         keep_grad_signs: bool = False,
+        master_weights: bool = False,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -147,6 +159,9 @@ class CIAO(MeasuredOptimizer):
             backend=backend,
             nonfinite=nonfinite,
             keep_grad_signs=keep_grad_signs,
+            master_weights=master_weights,
+            rounding=rounding,
+            rounding_seed=rounding_seed,
         )
 
     @classmethod

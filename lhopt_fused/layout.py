@@ -7,16 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lhopt_fused.types import GROUP_STATE, SCALARS, TENSOR_STATE, StepLayout, StepOptions
+from lhopt_fused.types import (
+    GROUP_STATE,
+    SCALARS,
+    TENSOR_STATE,
+    Rounding,
+    StepLayout,
+    StepOptions,
+)
 
-__all__ = ["DenseViews", "bind_layout", "check_params", "same_memory_order"]
+__all__ = ["DenseViews", "bind_layout", "check_params", "check_rounding", "same_memory_order"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALVES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALVES, torch.float32, torch.float64)
+
+
+def check_rounding(rounding: object, rounding_seed: object, master_weights: object) -> None:
+    """Refuse what no layout can mean.
+
+    Raises:
+        ValueError: a setting of another kind, or stochastic rounding where nothing is rounded.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
+    if isinstance(rounding_seed, bool) or not isinstance(rounding_seed, int):
+        raise ValueError(f"rounding_seed must be an integer, got {rounding_seed!r}")
+    if not isinstance(master_weights, bool):
+        raise ValueError(f"master_weights must be True or False, got {master_weights!r}")
+    if master_weights and rounding == "stochastic":
+        raise ValueError(
+            "master_weights=True keeps what rounding loses, so that rounding='stochastic' has "
+            "nothing to do; choose one of them"
+        )
 
 
 def check_params(params: Sequence[torch.Tensor], where: str) -> None:
@@ -187,6 +214,9 @@ def bind_layout(
     *,
     keep_grad_signs: bool,
     masks_nonfinite: bool,
+    rounding: Rounding,
+    rounding_seed: int,
+    master_weights: bool,
 ) -> StepLayout:
     """Allocate what is missing in ``states`` and ``groups`` and bind all of it into one layout.
 
@@ -228,7 +258,17 @@ def bind_layout(
         tensor_state=table(len(params), len(TENSOR_STATE)),
         skipped_steps=torch.zeros(1, dtype=torch.int64, device=device),
         masks_nonfinite=masks_nonfinite,
+        master_params=(
+            [_master(*of) for of in zip(states, dense_params, params, strict=True)]
+            if master_weights
+            else None
+        ),
+        rounding=rounding,
+        rounding_seed=rounding_seed,
     )
+    if not master_weights:
+        for state in states:
+            state.pop("master_param", None)  # of a checkpoint; it would not be kept up to date
     values = [[float(s.get(name, 0.0)) for name in TENSOR_STATE] for s in states]
     layout.tensor_state.copy_(torch.tensor(values, dtype=torch.float64))
     for state, row in zip(states, layout.tensor_state, strict=True):
@@ -243,23 +283,43 @@ def bind_layout(
 def _moment(state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
     """The moment ``name`` of one tensor, in its parameter's memory order."""
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    moment = state.get(name)
-    if moment is None:
-        moment = torch.zeros_like(param, dtype=dtype)
-    elif moment.shape != param.shape:
+    if state.get(name) is None:
+        state[name] = torch.zeros_like(param, dtype=dtype)
+    return _beside(state, name, param, dtype)
+
+
+def _master(state: dict[str, Any], param: torch.Tensor, start: torch.Tensor) -> torch.Tensor | None:
+    """The float32 master of a 16-bit parameter, which begins as ``start``."""
+    if param.dtype not in _HALVES:
+        state.pop("master_param", None)
+        return None
+    if state.get("master_param") is None:
+        state["master_param"] = torch.empty_like(param, dtype=torch.float32).copy_(start)
+    return _beside(state, "master_param", param, torch.float32)
+
+
+def _beside(
+    state: dict[str, Any], name: str, param: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """State ``name`` in the memory order of ``param``, on its device; a copy where it was not.
+
+    Raises:
+        ValueError: it has another shape than the parameter.
+    """
+    value: torch.Tensor = state[name]
+    if value.shape != param.shape:
         raise ValueError(
-            f"state {name!r} has shape {tuple(moment.shape)}, its parameter {tuple(param.shape)}; "
+            f"state {name!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}; "
             "was the state dict saved from another model?"
         )
-    elif not (
-        moment.dtype == dtype
-        and moment.device == param.device
-        and _is_dense(moment)
-        and same_memory_order(moment, param)
+    if not (
+        value.dtype == dtype
+        and value.device == param.device
+        and _is_dense(value)
+        and same_memory_order(value, param)
     ):
-        moment = torch.empty_like(param, dtype=dtype).copy_(moment)
-    state[name] = moment
-    return moment
+        state[name] = value = torch.empty_like(param, dtype=dtype).copy_(value)
+    return value
 
 
 def _signs(state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:

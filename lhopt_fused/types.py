@@ -25,6 +25,7 @@ __all__ = [
     "Denominator",
     "NonFinite",
     "NonFiniteGradientError",
+    "Rounding",
     "StepLayout",
     "StepOptions",
     "Trust",
@@ -174,6 +175,15 @@ class StepOptions:
     maximize: bool = False
 
 
+Rounding = Literal["nearest", "stochastic"]
+"""How float32 results become 16-bit parameters.
+
+``nearest`` goes to the nearest number, ties to even, and loses updates that are smaller than half
+the distance between two numbers; ``stochastic`` goes up or down at random, so that the mean over
+steps loses nothing.
+"""
+
+
 @dataclass
 class StepLayout:
     """All tensors of one optimizer, flat over its groups, as a backend steps them.
@@ -183,6 +193,11 @@ class StepLayout:
     its own run. Parameters, moments and gradients are dense, share the memory order of their
     parameter, and never overlap; the small tables are float64, contiguous and on the same device.
     A backend reads ``scalars`` and gradients and writes everything else.
+
+    A 16-bit parameter may have a float32 master: the step and its statistics are then those of the
+    master, and the parameter becomes its copy, rounded to the nearest. Without a master, results
+    are rounded to the parameter as ``rounding`` says, with the random bits that
+    :mod:`lhopt_fused.kernels.rounding` defines.
     """
 
     params: list[torch.Tensor]
@@ -198,6 +213,9 @@ class StepLayout:
     tensor_state: torch.Tensor  # [T, len(TENSOR_STATE)]
     skipped_steps: torch.Tensor  # [R] int64: steps in which a gradient was not finite
     masks_nonfinite: bool = False  # step around non-finite elements instead of skipping the step
+    master_params: list[torch.Tensor | None] | None = None  # None for each float32 parameter
+    rounding: Rounding = "nearest"  # of 16-bit parameters that have no master
+    rounding_seed: int = 0  # of stochastic rounding
 
     @property
     def device(self) -> torch.device:
