@@ -173,7 +173,7 @@ def test_descriptions_are_finite_and_of_one_length(name: str) -> None:
 def test_most_tasks_are_learnable(name: str) -> None:
     """60 steps of Adam bring the training loss of most tasks down by a tenth and more."""
     better = []
-    for seed in range(4):
+    for seed in range(2 if name in HELDOUT else 4):
         tasks = batch(name, seed)
         params = {key: tensor.requires_grad_() for key, tensor in tasks.init().items()}
         optimizer = torch.optim.Adam(params.values(), lr=1e-2)

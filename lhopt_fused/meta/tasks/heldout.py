@@ -15,9 +15,11 @@ from lhopt_fused.meta.tasks.image_mlp import image_tasks
 from lhopt_fused.meta.tasks.layers import ACTIVATIONS, NORMS
 from lhopt_fused.meta.tasks.mlp import MLP
 from lhopt_fused.meta.tasks.seeded import architecture_random, task_seeds
-from lhopt_fused.meta.tasks.supervised import SupervisedTasks
+from lhopt_fused.meta.tasks.supervised import SupervisedTasks, random_conditions
+from lhopt_fused.meta.tasks.text import held_out_text
+from lhopt_fused.meta.tasks.transformer import LanguageTasks, Transformer
 
-__all__ = ["HELDOUT", "MnistCNNFamily", "MnistMLPFamily"]
+__all__ = ["HELDOUT", "MnistCNNFamily", "MnistMLPFamily", "WideTransformerFamily"]
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +75,32 @@ class MnistCNNFamily(TaskFamily):
         return image_tasks(self.name, seeds, generator, pool, network, batch_size=8)
 
 
+class WideTransformerFamily(TaskFamily):
+    """Next characters with causal transformers of 4 layers, 48 wide, with four heads and a context
+    of 12: wider and deeper than trained, with four windows in a minibatch.
+
+    The text is the user's ``data_dir/text/*.txt``, else the Debian package ``anarchism`` where that
+    is installed, else modules of the standard library that no training family reads.
+    """
+
+    name = "wide_transformer"
+
+    def sample(self, seed: int, runs: int, device: torch.device | str = "cpu") -> LanguageTasks:
+        """Draw network and tasks; see :meth:`TaskFamily.sample`."""
+        seeds = task_seeds(seed, runs, device)
+        generator = architecture_random(self.name, seed)
+        width = generator.choice((48, 64))
+        activation, norm_first = (
+            generator.choice(("relu", "gelu", "silu")),
+            generator.random() < 0.75,
+        )
+        network = Transformer(16, width, 4, 4, 2 * width, activation, norm_first)
+        conditions = random_conditions(seeds, generator, dropout=0.15, noise=0.0)
+        text = held_out_text(self.data_dir).to(seeds.device)
+        return LanguageTasks(self.name, seeds, network, text, 4, conditions)
+
+
 HELDOUT: Final[Mapping[str, type[TaskFamily]]] = {
-    family.name: family for family in (MnistMLPFamily, MnistCNNFamily)
+    family.name: family for family in (MnistMLPFamily, MnistCNNFamily, WideTransformerFamily)
 }
 """Families for validation alone, by name."""

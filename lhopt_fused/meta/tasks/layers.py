@@ -22,6 +22,7 @@ __all__ = [
     "Parameter",
     "batch_norm",
     "draw_parameters",
+    "embedding",
     "layer_norm",
     "linear",
     "losses",
@@ -94,6 +95,14 @@ def linear(params: Params, name: str, inputs: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(params[f"{name}.bias"][:, None], inputs, params[f"{name}.weight"])
 
 
+def embedding(weight: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+    """Rows of each task's own ``weight`` ``[R, V, O]`` for ``symbols`` int64 ``[R, ...]``."""
+    count = weight.shape[1]
+    first = torch.arange(0, weight.shape[0] * count, count, device=weight.device)
+    index = symbols + first.view(-1, *[1] * (symbols.ndim - 1))
+    return F.embedding(index, weight.flatten(0, 1))
+
+
 def layer_norm(params: Params, name: str, inputs: torch.Tensor) -> torch.Tensor:
     """Normalise each row of ``[R, N, C]``, then scale and shift by channel."""
     normal = F.layer_norm(inputs, inputs.shape[-1:])
@@ -137,7 +146,8 @@ def losses(outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> torch.Te
 
     Args:
         outputs: ``[R, N, C]``.
-        targets: classes, int64 ``[R, N]``; or numbers ``[R, N, C]``, for ``squared_error`` only.
+        targets: classes, int64 with N of them a task; or numbers ``[R, N, C]``, for
+            ``squared_error`` only.
         loss: ``squared_error`` against one-hot vectors where the targets are classes; ``hinge`` is
             the mean margin violation over classes.
     """
@@ -152,4 +162,4 @@ def losses(outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> torch.Te
         each = (margins.sum(dim=1) - 1.0) / rows.shape[1]
     else:
         each = (rows - F.one_hot(classes, rows.shape[1])).square().sum(dim=1)
-    return each.view(targets.shape).mean(dim=1) + _TINY
+    return each.view(outputs.shape[:2]).mean(dim=1) + _TINY

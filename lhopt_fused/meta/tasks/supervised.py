@@ -66,7 +66,8 @@ class Examples:
         pool: inputs ``[P, ...]`` that the tasks share.
         rows: ``train``, ``eval`` and ``report`` to rows of the pool, int64 ``[R, n]``; within a
             task the three are disjoint.
-        targets: by the same names, classes int64 ``[R, n]`` or numbers float32 ``[R, n, C]``.
+        targets: by the same names, classes int64 ``[R, n]`` or ``[R, n, T]``, or numbers float32
+            ``[R, n, C]``.
         sizes: int64 ``[R]``: how many of its training examples each task uses.
     """
 
@@ -91,7 +92,7 @@ def choose_examples(
     Args:
         seeds: int64 ``[R]``.
         pool: ``[P, ...]``.
-        targets: of the pool, classes int64 ``[P]`` or numbers float32 ``[P, C]``.
+        targets: of the pool, classes int64 ``[P]`` or ``[P, T]``, or numbers float32 ``[P, C]``.
         held_out: examples in each of the two held-out splits.
         smallest: the smallest training set; sizes are log-uniform up to what is left.
         noise: ``[R]``: share of the training labels that are replaced by random classes; for
@@ -115,15 +116,16 @@ def choose_examples(
 def noisy_targets(
     seeds: torch.Tensor, targets: torch.Tensor, noise: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """Targets ``[R, n]`` or ``[R, n, C]`` with each task's noise, see :func:`choose_examples`."""
+    """Targets ``[R, n]``, ``[R, n, T]`` or ``[R, n, C]`` with each task's noise, as it is described
+    in :func:`choose_examples`."""
     count = math.prod(targets.shape[1:])
     if targets.is_floating_point():
         centred = 2.0 * uniform_numbers(seeds, 12, count).to(torch.float32) - 1.0
         scale = math.sqrt(3.0) * noise.to(torch.float32).view(-1, 1, 1)
         return targets + scale * centred.view(targets.shape)
-    replaced = uniform_numbers(seeds, 12, count) < noise[:, None]
+    replaced = (uniform_numbers(seeds, 12, count) < noise[:, None]).view(targets.shape)
     other = (uniform_numbers(seeds, 13, count) * classes).to(torch.int64)
-    return torch.where(replaced, other, targets)
+    return torch.where(replaced, other.view(targets.shape), targets)
 
 
 def random_loss(generator: random.Random) -> Loss:
