@@ -9,7 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["OuterStep", "read_csv", "tensorboard_callback", "write_csv"]
+from lhopt_fused.actions import REGISTER_CHOICES
+
+__all__ = ["OuterStep", "read_csv", "tensorboard_callback", "write_csv", "write_tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,28 @@ class _ScalarWriter(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
-def tensorboard_callback(writer: _ScalarWriter) -> Callable[[OuterStep], None]:
-    """A callback that writes every number of an outer step to TensorBoard.
+def write_tensorboard(history: Iterable[OuterStep], writer: _ScalarWriter) -> None:
+    """Every number of each outer step as a scalar ``lhopt/...``; the global step is the inner one.
+
+    The tags are those of :meth:`OuterStep.scalars`, and ``lhopt/register`` for the choice of the
+    register head, as its index in :data:`lhopt_fused.actions.REGISTER_CHOICES`.
 
     Args:
-        writer: a ``torch.utils.tensorboard.SummaryWriter``; the global step is the inner step.
+        history: of an :class:`lhopt_fused.LHOPT`.
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its
+            ``add_scalar(tag, scalar_value, global_step)``.
     """
-
-    def write(step: OuterStep) -> None:
+    for step in history:
         for name, value in step.scalars().items():
             writer.add_scalar(f"lhopt/{name}", value, step.inner_step)
+        register = REGISTER_CHOICES.index(step.register)
+        writer.add_scalar("lhopt/register", register, step.inner_step)
 
-    return write
+
+def tensorboard_callback(writer: _ScalarWriter) -> Callable[[OuterStep], None]:
+    """The ``callback`` of an :class:`lhopt_fused.LHOPT` that writes to TensorBoard as it trains.
+
+    Args:
+        writer: as for :func:`write_tensorboard`.
+    """
+    return lambda step: write_tensorboard([step], writer)

@@ -67,7 +67,8 @@ class LHOPT(CIAO):
         register_folder: keep registers in files there instead of in memory; runs can share it,
             and the files go with the optimizer: checkpoints hold what they hold.
         eval_fn: called without gradients at the end of each outer step; returns the eval loss.
-        callback: called with the :class:`OuterStep` at the end of each outer step.
+        callback: called with the :class:`OuterStep` at the end of each outer step; for example
+            :func:`lhopt_fused.history.tensorboard_callback` of a ``SummaryWriter``.
         start: other keywords of :class:`CIAO`, to start elsewhere than the policy says.
 
     Attributes:

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "cdf": set(),
     "policy": {"types", "actions", "cdf", "json_fields", "_C"},
     "registers": set(),
-    "history": set(),
+    "history": {"actions"},
     "numbers": set(),
     "ciao": {"types", "numbers", "kernels", "optimizer"},
     "adamw": {"types", "numbers", "kernels", "optimizer"},
