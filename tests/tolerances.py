@@ -60,6 +60,15 @@ REWARD: Final = Tolerance(0.0, 1e-6)
 REWARD_SPIKE: Final = Tolerance(0.0, 0.05)
 # rewards with one spike in the baseline, in log steps; without reweighting it is off by 0.07 to 3
 
+PPO_HAND: Final = Tolerance(1e-7)
+# losses and advantages worked out by hand, relative to their size; normalising adds 1e-8 to a
+# spread
+PPO_GRADIENT: Final = Tolerance(1e-5)
+# the slope of PPO's objective in float64 against differences over 2e-8, whose rounding is 1e-8
+UNROLL: Final = Tolerance(2e-5)
+# episodes at once against step by step, float32: products of 16 numbers add in another order, and
+# memory carries it on over 7 steps; relative to the largest logit or value
+
 
 def assert_close(
     value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, scale: float | torch.Tensor

@@ -130,9 +130,8 @@ class Episodes:
         version: int64 ``[N]``, updates that the learner had done when the episode was collected.
 
     Raises:
-        ValueError: a tensor has another shape or dtype, holds a number that is not finite, or a
-            feature beyond what policy features may be; or a mask has a hole. All of the padding is
-            looked at too.
+        ValueError: a tensor has another shape or dtype, or holds a number that is not finite, in
+            the padding too; features, values or rewards go beyond ±1e6; or a mask has a hole.
     """
 
     features: torch.Tensor
@@ -157,11 +156,13 @@ class Episodes:
                 raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {width} more")
             if dtype == torch.float32:
                 _check_finite(name, tensor)
-        if self.features.numel() and self.features.abs().max() > LARGEST_FEATURE:
-            raise ValueError(
-                f"features reach {self.features.abs().max():g}, "
-                f"expected at most {LARGEST_FEATURE:g}, as policy_features gives them"
-            )
+        for name in ("features", "values", "rewards"):
+            tensor = getattr(self, name)
+            if tensor.numel() and tensor.abs().max() > LARGEST_FEATURE:
+                raise ValueError(
+                    f"{name} reach {tensor.abs().max():g} in magnitude, expected at most "
+                    f"{LARGEST_FEATURE:g}, whose squares add up in float32"
+                )
         if not self.mask[:, :1].all() or (self.mask[:, 1:] & ~self.mask[:, :-1]).any():
             raise ValueError("mask has a hole: expected true from the first step to the last")
 
