@@ -32,7 +32,7 @@ _LARGEST_LOSS: Final = 10.0
 
 
 class Seen(NamedTuple):
-    """What an outer step shows, float32: ``[R, F]`` to the policy, ``[R, P]`` to the critic alone."""
+    """What an outer step shows; float32 ``[R, F]`` for the policy, ``[R, P]`` for the critic."""
 
     features: torch.Tensor
     privileged: torch.Tensor
