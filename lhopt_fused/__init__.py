@@ -1,15 +1,24 @@
-"""A PyTorch optimizer that measures itself at the speed of a fused kernel."""
+"""A PyTorch optimizer that measures itself at the speed of a fused kernel.
 
-from lhopt_fused.adamw import AdamW
-from lhopt_fused.ciao import CIAO
-from lhopt_fused.lhopt import LHOPT
-from lhopt_fused.types import (
-    EXTRA_FEATURES,
-    HYPERPARAMETERS,
-    INNER_FEATURES,
-    BackendUnavailableError,
-    NonFiniteGradientError,
-)
+Names are loaded when they are first asked for, so that ``lhopt --help`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lhopt_fused.adamw import AdamW
+    from lhopt_fused.ciao import CIAO
+    from lhopt_fused.lhopt import LHOPT
+    from lhopt_fused.types import (
+        EXTRA_FEATURES,
+        HYPERPARAMETERS,
+        INNER_FEATURES,
+        BackendUnavailableError,
+        NonFiniteGradientError,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,3 +33,17 @@ __all__ = [
     "NonFiniteGradientError",
     "__version__",
 ]
+
+_MODULES = {"AdamW": "adamw", "CIAO": "ciao", "LHOPT": "lhopt"}  # the others are in types
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'types')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

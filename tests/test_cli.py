@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from policy.samples import random_policy
 from typer.testing import CliRunner, Result
 
+import lhopt_fused
 from lhopt_fused import __version__
 from lhopt_fused.cli import app
 from lhopt_fused.demo import optimizers, run
@@ -62,6 +65,29 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 def test_version():
     assert lhopt("--version").output == f"lhopt-fused {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "demo --help", "policy --help"])
+def test_help_does_not_wait_for_torch(arguments):
+    """Which takes seconds to load; the twin shows that it would be noticed."""
+    code = "import sys; from lhopt_fused.cli import app; app({}, standalone_mode=False); {}"
+    say = "print('loaded', [name for name in ('torch', 'numpy') if name in sys.modules])"
+    asked, loaded = (
+        subprocess.run(
+            [sys.executable, "-c", code.format(words, say)], capture_output=True, check=True
+        ).stdout.decode()
+        for words in (arguments.split(), ["policy", "list"])
+    )
+    assert asked.splitlines()[-1] == "loaded []"
+    assert loaded.splitlines()[-1] == "loaded ['torch', 'numpy']"
+
+
+def test_the_package_has_the_names_that_it_says():
+    for name in lhopt_fused.__all__:
+        assert getattr(lhopt_fused, name) is not None
+        assert name in dir(lhopt_fused)
+    with pytest.raises(AttributeError, match="has no attribute 'SGD'"):
+        _ = lhopt_fused.SGD
 
 
 def test_info_names_every_backend():
