@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "inner_features.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -103,24 +104,85 @@ TensorSpec MakeTensor(uintptr_t param, int dtype, int64_t size, uintptr_t exp_av
           is_vector};
 }
 
+template <class Name>
+void CheckIndex(int32_t index, size_t count, const Name& name, const char* what) {
+  Require(index >= 0 && static_cast<size_t>(index) < count, [&] {
+    return name() + " is " + std::to_string(index) + ", but there are " + std::to_string(count) +
+           " " + what;
+  });
+}
+
+void CheckRuns(const std::vector<int32_t>& run_of, size_t groups, size_t runs) {
+  Require(run_of.size() == groups, "run_of has " + std::to_string(run_of.size()) + " entries for " +
+                                       std::to_string(groups) + " groups");
+  for (size_t i = 0; i < groups; ++i) {
+    CheckIndex(run_of[i], runs, [&] { return At("run_of", i); }, "runs");
+  }
+}
+
+// Torch tensors as the step last read them, so that the next one need not ask for more than where
+// they are and what they hold.
+class SeenTensors {
+ public:
+  // Takes in None or a tensor at the next position and returns its address.
+  uintptr_t See(const py::object& tensor) {
+    Seen seen;
+    if (!tensor.is_none()) {
+      seen.address = py::cast<uintptr_t>(tensor.attr(data_ptr_)());
+      seen.dtype = tensor.attr(dtype_);
+    }
+    seen_.push_back(std::move(seen));
+    return seen_.back().address;
+  }
+
+  void Clear() { seen_.clear(); }
+
+  // Whether these are the tensors that were seen. Those that cannot say, such as sparse ones, are
+  // not.
+  bool AreSeen(const py::list& tensors) const {
+    bool same = tensors.size() == seen_.size();
+    for (size_t i = 0; same && i < seen_.size(); ++i) {
+      same = IsSeen(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), seen_[i]);
+    }
+    return same;
+  }
+
+ private:
+  struct Seen {
+    uintptr_t address = 0;
+    py::object dtype;  // null for None
+  };
+
+  static py::str Interned(const char* name) {
+    return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
+  }
+
+  bool IsSeen(PyObject* tensor, const Seen& seen) const {
+    if (tensor == Py_None || !seen.dtype) return tensor == Py_None && !seen.dtype;
+    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype_.ptr()));
+    const auto address = py::reinterpret_steal<py::object>(
+        dtype ? PyObject_CallMethodNoArgs(tensor, data_ptr_.ptr()) : nullptr);
+    if (!address) {
+      PyErr_Clear();
+      return false;
+    }
+    return dtype.is(seen.dtype) && PyLong_AsSize_t(address.ptr()) == seen.address;
+  }
+
+  py::str data_ptr_ = Interned("data_ptr"), dtype_ = Interned("dtype");
+  std::vector<Seen> seen_;
+};
+
 // A step and its buffers for the addresses that come with each call.
 class PyStep {
  public:
   PyStep(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
-         std::vector<int32_t> run_of, int32_t num_runs, uintptr_t scalars, uintptr_t group_state,
+         std::vector<int32_t> run_of, size_t num_runs, uintptr_t scalars, uintptr_t group_state,
          uintptr_t tensor_state, uintptr_t skipped_steps, bool masks_nonfinite) {
-    Require(run_of.size() == groups.size(), "run_of has " + std::to_string(run_of.size()) +
-                                                " entries for " + std::to_string(groups.size()) +
-                                                " groups");
-    for (size_t i = 0; i < run_of.size(); ++i) {
-      Require(run_of[i] >= 0 && run_of[i] < num_runs,
-              At("run_of", i) + " is " + std::to_string(run_of[i]) + ", but there are " +
-                  std::to_string(num_runs) + " runs");
-    }
+    CheckRuns(run_of, groups.size(), num_runs);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      Require(tensors[i].group >= 0 && static_cast<size_t>(tensors[i].group) < groups.size(),
-              At("tensors", i) + ".group is " + std::to_string(tensors[i].group) +
-                  ", but there are " + std::to_string(groups.size()) + " groups");
+      CheckIndex(
+          tensors[i].group, groups.size(), [&] { return At("tensors", i) + ".group"; }, "groups");
       sizes_.push_back(tensors[i].size);
     }
     const bool needed = !tensors.empty();
@@ -132,20 +194,33 @@ class PyStep {
                         RequiredPointer<int64_t>(skipped_steps, "skipped_steps")};
     gradients_.resize(tensors.size());
     step_ = std::make_unique<Step>(std::move(tensors), std::move(groups), std::move(run_of),
-                                   num_runs, tables, masks_nonfinite, ActiveKernels());
+                                   static_cast<int32_t>(num_runs), tables, masks_nonfinite,
+                                   ActiveKernels());
   }
 
-  // `grads`: address of each tensor's gradient; `dtypes`: its dtype code, kNoGradient for none.
-  void Run(const py::list& grads, const py::list& dtypes, uintptr_t statistics, int num_threads) {
+  // `grads`: torch tensors that fit the parameters, or None; `dtypes`: their codes, or kNoGradient.
+  void SetGradients(const py::list& grads, const py::list& dtypes) {
     Require(grads.size() == sizes_.size() && dtypes.size() == sizes_.size(),
             "expected " + std::to_string(sizes_.size()) + " gradients and dtypes, got " +
                 std::to_string(grads.size()) + " and " + std::to_string(dtypes.size()));
+    CheckIdle();
+    seen_.Clear();  // until all have been found good
+    SeenTensors seen;
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      gradients_[i] = CheckedGradient(seen.See(grads[i]), py::cast<int>(dtypes[i]), i);
+    }
+    seen_ = std::move(seen);
+  }
+
+  // Whether these are the gradients that were set.
+  bool HasGradients(const py::list& grads) const {
+    return grads.size() == sizes_.size() && seen_.AreSeen(grads);
+  }
+
+  void Run(uintptr_t statistics, int num_threads) {
     Require(num_threads >= 1, "num_threads must be at least 1, got " + std::to_string(num_threads));
     double* const table = Pointer<double>(statistics, "statistics");
-    if (running_) throw std::runtime_error("this step is already running in another thread");
-    for (size_t i = 0; i < sizes_.size(); ++i) {
-      gradients_[i] = CheckedGradient(py::cast<uintptr_t>(grads[i]), py::cast<int>(dtypes[i]), i);
-    }
+    CheckIdle();
     running_ = true;
     {
       const py::gil_scoped_release release;
@@ -157,6 +232,10 @@ class PyStep {
   std::string isa() const { return step_->isa(); }
 
  private:
+  void CheckIdle() const {
+    if (running_) throw std::runtime_error("this step is already running in another thread");
+  }
+
   Gradient CheckedGradient(uintptr_t address, int code, size_t index) const {
     if (code == kNoGradient) return {};
     Require(address != 0 || sizes_[index] == 0, [&] { return At("grads", index) + " is null"; });
@@ -166,10 +245,48 @@ class PyStep {
   }
 
   std::vector<int64_t> sizes_;
-  std::vector<Gradient> gradients_;
+  std::vector<Gradient> gradients_;  // none at first
+  SeenTensors seen_;
   std::unique_ptr<Step> step_;
   bool running_ = false;  // guarded by the GIL
 };
+
+class PyInnerFeatures {
+ public:
+  PyInnerFeatures(std::vector<int64_t> numel, std::vector<int32_t> group_of,
+                  std::vector<uint8_t> group_clips, std::vector<int32_t> run_of, size_t num_runs) {
+    CheckRuns(run_of, group_clips.size(), num_runs);
+    Require(numel.size() == group_of.size(), "numel has " + std::to_string(numel.size()) +
+                                                 " entries for " + std::to_string(group_of.size()) +
+                                                 " tensors");
+    for (size_t i = 0; i < numel.size(); ++i) {
+      Require(numel[i] >= 0, [&] { return At("numel", i) + " is negative"; });
+      CheckIndex(group_of[i], group_clips.size(), [&] { return At("group_of", i); }, "groups");
+    }
+    features_ = std::make_unique<InnerFeatures>(std::move(numel), std::move(group_of),
+                                                std::move(group_clips), std::move(run_of),
+                                                static_cast<int32_t>(num_runs));
+  }
+
+  // Keeps the GIL, which guards what it works in; it takes microseconds.
+  void Accumulate(uintptr_t statistics, uintptr_t sums) {
+    features_->Accumulate(RequiredPointer<double>(statistics, "statistics"),
+                          RequiredPointer<double>(sums, "sums"));
+  }
+
+ private:
+  std::unique_ptr<InnerFeatures> features_;
+};
+
+void BindInnerFeatures(py::module_& m) {
+  py::class_<PyInnerFeatures>(m, "InnerFeatures", "Finishes the features of a layout's steps.")
+      .def(py::init<std::vector<int64_t>, std::vector<int32_t>, std::vector<uint8_t>,
+                    std::vector<int32_t>, size_t>(),
+           py::kw_only(), py::arg("numel"), py::arg("group_of"), py::arg("group_clips"),
+           py::arg("run_of"), py::arg("num_runs"))
+      .def("accumulate", &PyInnerFeatures::Accumulate, py::arg("statistics"), py::arg("sums"));
+  m.attr("NUM_ACCUMULATED") = static_cast<int>(kNumAccumulated);
+}
 
 void BindStep(py::module_& m) {
   py::class_<GroupOptions>(m, "GroupOptions", "Static options of a group, by the enums' values.")
@@ -182,12 +299,13 @@ void BindStep(py::module_& m) {
            py::arg("group"), py::arg("is_vector"));
   py::class_<PyStep>(m, "Step", "One optimizer step over all tensors of all groups.")
       .def(py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, std::vector<int32_t>,
-                    int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool>(),
+                    size_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool>(),
            py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("run_of"),
            py::arg("num_runs"), py::arg("scalars"), py::arg("group_state"), py::arg("tensor_state"),
            py::arg("skipped_steps"), py::arg("masks_nonfinite"))
-      .def("run", &PyStep::Run, py::arg("grads"), py::arg("dtypes"), py::arg("statistics"),
-           py::arg("num_threads"))
+      .def("set_gradients", &PyStep::SetGradients, py::arg("grads"), py::arg("dtypes"))
+      .def("has_gradients", &PyStep::HasGradients, py::arg("grads"))
+      .def("run", &PyStep::Run, py::arg("statistics"), py::arg("num_threads"))
       .def_property_readonly("isa", &PyStep::isa);
   m.def("available_isas", &AvailableIsas, "Instruction sets of this processor, fastest first.");
   m.def(
@@ -205,5 +323,6 @@ void BindStep(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fused optimizer steps on the CPU.";
   lhopt::BindStep(m);
+  lhopt::BindInnerFeatures(m);
   lhopt::BindPolicyRunner(m);
 }

@@ -16,6 +16,7 @@ from lhopt_fused.types import (
     SCALARS,
     STATISTICS,
     TENSOR_STATE,
+    Clip,
     StepLayout,
     StepOptions,
 )
@@ -47,10 +48,7 @@ class CpuBackend:
         _check_layout(layout)
         self.layout = layout
         self._shapes = [(p.shape, p.stride()) for p in layout.params]
-        # gradients of the last step: where they were and what, and as the extension reads that
-        self._found: list[tuple[int, torch.dtype] | None] = []
-        self._addresses: list[int] = []
-        self._codes: list[int] = []
+        self._known: list[torch.Tensor | None] | None = None
         signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * len(layout.params)
         self._step = _C.Step(
             tensors=[
@@ -75,6 +73,13 @@ class CpuBackend:
             skipped_steps=layout.skipped_steps.data_ptr(),
             masks_nonfinite=layout.masks_nonfinite,
         )
+        self._features = _C.InnerFeatures(
+            numel=[param.numel() for param in layout.params],
+            group_of=layout.group_of,
+            group_clips=[options.clip is not Clip.NONE for options in layout.options],
+            run_of=layout.run_of,
+            num_runs=len(layout.skipped_steps),
+        )
 
     @property
     def isa(self) -> str:
@@ -92,18 +97,39 @@ class CpuBackend:
         if len(grads) != len(self._shapes):
             raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
         if statistics is not None:
-            _check_table(statistics, (len(grads), len(STATISTICS)), "statistics")
-        found = [None if grad is None else (grad.data_ptr(), grad.dtype) for grad in grads]
-        if found != self._found:  # checked whenever one has moved or changed its kind
+            self._check_statistics(statistics)
+        known, self._known = self._known, None
+        if known is not grads and not self._step.has_gradients(grads):
             codes = [self._code_of(index, grad) for index, grad in enumerate(grads)]
-            self._addresses = [0 if at is None else at[0] for at in found]
-            self._codes, self._found = codes, found
-        self._step.run(
-            self._addresses,
-            self._codes,
-            0 if statistics is None else statistics.data_ptr(),
-            torch.get_num_threads(),
-        )
+            self._step.set_gradients(grads, codes)
+        self._step.run(0 if statistics is None else statistics.data_ptr(), torch.get_num_threads())
+
+    def knows(self, grads: list[torch.Tensor | None]) -> bool:
+        """Whether these gradients are where they were in the last step, and of the same dtype.
+
+        If so, a :meth:`step` with this very list comes next, and does not look again.
+        """
+        known = self._step.has_gradients(grads)
+        self._known = grads if known else None
+        return known
+
+    def accumulate_features(self, statistics: torch.Tensor, sums: torch.Tensor) -> None:
+        """Add the mean features of one step to ``sums``.
+
+        Args:
+            statistics: float64 ``[T, len(STATISTICS)]`` that :meth:`step` has filled.
+            sums: float64 ``[2, R, 18]``, sum and number of measured steps of each feature, then of
+                each of ``STEP_NORMS``, in each run.
+
+        Raises:
+            ValueError: one of them does not fit the layout; nothing was written.
+        """
+        self._check_statistics(statistics)
+        _check_table(sums, (2, len(self.layout.skipped_steps), _C.NUM_ACCUMULATED), "sums")
+        self._features.accumulate(statistics.data_ptr(), sums.data_ptr())
+
+    def _check_statistics(self, statistics: torch.Tensor) -> None:
+        _check_table(statistics, (len(self._shapes), len(STATISTICS)), "statistics")
 
     def _code_of(self, index: int, grad: torch.Tensor | None) -> int:
         """The dtype code of a gradient that fits its parameter."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NO_GRADIENT: int
+NUM_ACCUMULATED: int
 NUM_POLICY_FEATURES: int
 TABLE_COLUMNS: tuple[int, ...]
 
@@ -59,11 +60,24 @@ class Step:
         skipped_steps: int,
         masks_nonfinite: bool,
     ) -> None: ...
-    def run(
-        self, grads: Sequence[int], dtypes: Sequence[int], statistics: int, num_threads: int
-    ) -> None: ...
+    def set_gradients(self, grads: Sequence[object], dtypes: Sequence[int]) -> None: ...
+    def has_gradients(self, grads: Sequence[object]) -> bool: ...
+    def run(self, statistics: int, num_threads: int) -> None: ...
     @property
     def isa(self) -> str: ...
+
+@final
+class InnerFeatures:
+    def __init__(
+        self,
+        *,
+        numel: Sequence[int],
+        group_of: Sequence[int],
+        group_clips: Sequence[bool],
+        run_of: Sequence[int],
+        num_runs: int,
+    ) -> None: ...
+    def accumulate(self, statistics: int, sums: int) -> None: ...
 
 @final
 class PolicyRunner:

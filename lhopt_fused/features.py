@@ -166,6 +166,7 @@ class FeatureAccumulator:
         self._ring = torch.zeros(
             capacity, tensors, len(STATISTICS), dtype=torch.float64, device=device
         )
+        self._rows = self._ring.unbind(0)
         self._used = 0
         self._numel = torch.tensor(
             [p.numel() for p in layout.params], dtype=torch.float64, device=device
@@ -179,12 +180,12 @@ class FeatureAccumulator:
         """The ``[T, len(STATISTICS)]`` table that the coming step is to fill."""
         if self._used == len(self._ring):
             self._fold()
-        return self._ring[self._used]
+        return self._rows[self._used]
 
     def recorded(self) -> None:
         """The table that :meth:`next_statistics` gave has been filled."""
         if self._accumulate is not None:
-            self._accumulate(self._ring[0], self.sums)
+            self._accumulate(self._rows[0], self.sums)
         else:
             self._used += 1
 

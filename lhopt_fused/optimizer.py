@@ -60,6 +60,7 @@ class _Run:
         )
         self.param_pointers = _pointers(params)
         self.grad_pointers: list[int] | None = None
+        self.knows_grads = getattr(backend, "knows", self._have_stayed)
         self.last_statistics: torch.Tensor | None = None
         self.is_new = True
 
@@ -69,19 +70,12 @@ class _Run:
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
             and self.param_pointers == _pointers(params)
-            and all(
-                state.get("exp_avg") is moment
-                for state, moment in zip(self.states, self.layout.exp_avgs, strict=True)
-            )
+            and all(map(operator.is_, map(_exp_avg, self.states), self.layout.exp_avgs))
         )
 
     def dense_grads(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Gradients as the backend reads them, checked whenever one has moved."""
-        try:
-            pointers = [0 if g is None else g.data_ptr() for g in grads]
-        except RuntimeError:  # a sparse gradient has no pointer; the check below names it
-            pointers = None
-        if pointers is not None and pointers == self.grad_pointers:
+        if self.knows_grads(grads):
             return grads
         for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if grad is not None:
@@ -90,13 +84,26 @@ class _Run:
             None if grad is None else self.views.grad(index, grad)
             for index, grad in enumerate(grads)
         ]
-        all_dense = all(x is y for x, y in zip(dense, grads, strict=True))
-        self.grad_pointers = pointers if all_dense else None
+        if any(x is not y for x, y in zip(dense, grads, strict=True)):
+            self.grad_pointers = None  # to be copied again in the next step
         return dense
+
+    def _have_stayed(self, grads: list[torch.Tensor | None]) -> bool:
+        """Whether the gradients are where they were when this was asked last."""
+        before = self.grad_pointers
+        try:
+            self.grad_pointers = [0 if g is None else g.data_ptr() for g in grads]
+        except RuntimeError:  # a sparse gradient has no pointer; the check that follows names it
+            self.grad_pointers = None
+        return before is not None and before == self.grad_pointers
 
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _exp_avg(state: dict[str, Any]) -> object:
+    return state.get("exp_avg")
 
 
 class MeasuredOptimizer(Optimizer):

@@ -42,6 +42,10 @@ STATISTICS: Final = {
     torch.bfloat16: Tolerance(2e-6),
     torch.float16: Tolerance(2e-6),
 }
+FUSED_FEATURES: Final = Tolerance(1e-12, absolute=1e-12)
+# means of features in float64 in another order; relative to the feature
+FUSED_LOGITS: Final = Tolerance(0.0, absolute=1e-7)
+# of probabilities of 1e-8 and more, which torch takes from 1 + erf: rounding moves them by 1e-8
 THREAD_COUNTS: Final = Tolerance(0.0)  # sums do not depend on the number of threads
 PLAIN_ACTIONS: Final = Tolerance(0.0, 1e-12)
 # actions in plain numbers against tensors, whose logarithms may round otherwise; logarithms go up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import FUSED_FEATURES, FUSED_LOGITS, TRAJECTORY, assert_close
 from tolerances import STATISTICS as STATISTICS_TOLERANCE
-from tolerances import TRAJECTORY, assert_close
 
 from lhopt_fused import _C
+from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels.cpu import CpuBackend
 from lhopt_fused.kernels.reference import ReferenceBackend, is_negative_bits
 from lhopt_fused.types import (
@@ -366,6 +368,101 @@ def test_a_run_sums_alike_in_company() -> None:
     assert not torch.equal(sums(merged, [0, 0]), expected)
 
 
+RUNS_OF_GROUPS = ([0, 0], [0, 1], [1, 0])
+
+
+def measured_features(layout: StepLayout, *, fused: bool, scale: float = 1.0) -> torch.Tensor:
+    """Mean features of ten steps with missing gradients, NaN and inf, over scaled statistics."""
+    backend = CpuBackend(layout)
+    features = FeatureAccumulator(layout, backend.accumulate_features if fused else None)
+    for step in range(10):
+        grads = make_grads(layout, step)
+        spoil(grads, step)
+        statistics = features.next_statistics()
+        backend.step(grads, statistics)
+        statistics[:, STATISTICS.index("update_sq")] *= scale
+        features.recorded()
+    return features.pop()
+
+
+def check_features(value: torch.Tensor, expected: torch.Tensor) -> None:
+    logits = torch.tensor([name.startswith("logit") for name in ACCUMULATED])
+    scale = expected.nan_to_num().abs()
+    for columns, tolerance in ((logits, FUSED_LOGITS), (~logits, FUSED_FEATURES)):
+        assert_close(value[:, columns], expected[:, columns], tolerance, scale[:, columns])
+
+
+@pytest.mark.parametrize("run_of", RUNS_OF_GROUPS)
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("options", [StepOptions(), LHOPT], ids=describe)
+def test_finishes_features_as_defined(options: StepOptions, masks: bool, run_of: list[int]) -> None:
+    runs = max(run_of) + 1
+    layout = replace(
+        make_layout(options, masks=masks),
+        run_of=run_of,
+        skipped_steps=torch.zeros(runs, dtype=torch.int64),
+    )
+    layouts = [copy.deepcopy(layout) for _ in range(3)]
+    defined = measured_features(layouts[0], fused=False)
+    assert defined.isfinite().any(1).all()
+    check_features(measured_features(layouts[1], fused=True), defined)
+    with pytest.raises(AssertionError, match="off by"):
+        check_features(measured_features(layouts[2], fused=True, scale=1 + 1e-9), defined)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 0.0, 1e-300, 1e300])
+def test_features_of_numbers_at_the_edge(number: float) -> None:
+    """What is no number is left out, infinities count as the largest ones."""
+    layout = make_layout(LHOPT, shapes=((5,), (4, 4), (3,)), groups=1)
+    backend = CpuBackend(layout)
+    measured = table(layout)
+    backend.step(make_grads(layout, 0), measured)
+    for column in range(len(STATISTICS)):
+        plain = FeatureAccumulator(layout)
+        statistics = plain.next_statistics()
+        statistics.copy_(measured)
+        statistics[1, column] = number
+        plain.recorded()
+        sums = torch.zeros_like(plain.sums)
+        backend.accumulate_features(statistics, sums)
+        expected = plain.folded_sums()
+        assert torch.equal(sums[1], expected[1])
+        assert torch.allclose(sums[0], expected[0], rtol=1e-12, atol=1e-7), STATISTICS[column]
+
+
+def test_nothing_to_finish_features_of() -> None:
+    layout = make_layout(LHOPT)
+    sums = torch.zeros(2, 1, len(ACCUMULATED), dtype=torch.float64)
+    backend = CpuBackend(layout)
+    backend.accumulate_features(table(layout).zero_(), sums)
+    assert not sums.any()
+    for statistics, where in ((table(layout)[1:], sums), (table(layout), sums[:, 0])):
+        with pytest.raises(ValueError, match=r"(statistics|sums) must be torch\.float64"):
+            backend.accumulate_features(statistics, where)
+
+
+def test_looks_at_gradients_again_when_they_have_moved() -> None:
+    """By place and dtype; what does not fit is refused however often it comes."""
+    layout = make_layout(StepOptions(), shapes=((3,), (0,)), groups=1, signs=False)
+    backend = CpuBackend(layout)
+    memory = torch.ones(3)
+    grads: Grads = [memory, None]
+    assert not backend.knows(grads)
+    backend.step(grads)
+    assert backend.knows(grads)
+    assert backend.knows(list(grads))
+    assert not backend.knows([memory.clone(), None])
+    assert not backend.knows([None, None])
+    assert not backend.knows([memory, torch.ones(0)])
+    assert not backend.knows([memory.view(torch.bfloat16)[:3], None])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gradient 0 has shape"):
+            backend.step([memory.view(torch.bfloat16), None])
+    before = layout.params[0].clone()
+    backend.step([memory.view(torch.bfloat16)[:3], None])
+    assert not torch.equal(layout.params[0], before)
+
+
 def test_keeps_gradient_signs_without_statistics(isa: str) -> None:
     layout = make_layout(StepOptions(maximize=True))
     grads = [torch.randn(p.shape) for p in layout.params]
@@ -507,15 +604,29 @@ def test_the_extension_checks_what_it_is_given() -> None:
         with pytest.raises(ValueError, match=message):
             _C.Step(**{**parts, **addresses, **wrong}, masks_nonfinite=False)
     step = _C.Step(**parts, **addresses, masks_nonfinite=False)
-    for arguments, message in (
-        (([], [], 0, 1), "expected 1 gradients"),
-        (([64], [0], 0, 0), "num_threads must be at least 1"),
-        (([64], [7], 0, 1), r"dtypes\[0\] is 7"),
-        (([0], [0], 0, 1), r"grads\[0\] is null"),
-        (([65], [1], 0, 1), r"grads\[0\] is not aligned"),
+    with pytest.raises(ValueError, match="num_threads must be at least 1"):
+        step.run(0, 0)
+    odd = torch.zeros(8, dtype=torch.uint8)[1:]
+    for grads, codes, message in (
+        ([], [], "expected 1 gradients"),
+        ([odd], [7], r"dtypes\[0\] is 7"),
+        ([torch.zeros(0)], [0], r"grads\[0\] is null"),
+        ([odd], [1], r"grads\[0\] is not aligned"),
     ):
         with pytest.raises(ValueError, match=message):
-            step.run(*arguments)
+            step.set_gradients(grads, codes)
+        assert not step.has_gradients(grads)
+    layout = {"numel": [1], "group_of": [0], "group_clips": [True], "run_of": [0], "num_runs": 1}
+    for wrong, message in (
+        ({"numel": [-1]}, r"numel\[0\] is negative"),
+        ({"numel": []}, "numel has 0 entries for 1 tensors"),
+        ({"group_of": [1]}, r"group_of\[0\] is 1, but there are 1 groups"),
+        ({"num_runs": 0}, r"run_of\[0\] is 0, but there are 0 runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.InnerFeatures(**{**layout, **wrong})
+    with pytest.raises(ValueError, match="sums is a null pointer"):
+        _C.InnerFeatures(**layout).accumulate(64, 0)
 
 
 def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
