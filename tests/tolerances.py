@@ -72,6 +72,24 @@ PPO_GRADIENT: Final = Tolerance(1e-5)
 UNROLL: Final = Tolerance(2e-5)
 # episodes at once against step by step, float32: products of 16 numbers add in another order, and
 # memory carries it on over 7 steps; relative to the largest logit or value
+STACKED_RUN: Final = Tolerance(1e-4, 1e-5)
+# observations of a run in a batch against the run alone: matrix products add in another order,
+# for 44 inner steps in float32; relative to each number
+LEARNED_RUN: Final = Tolerance(1e-4)
+# hyperparameters under a learned policy, C++ against torch: logits differ by 1e-6, and training
+# carries that on over 8 outer steps; relative to each number
+STACKED_NETWORK: Final = Tolerance(1e-5)
+# float32 networks of a few layers beside torch's own; relative to the largest output
+DROPPED_SHARE: Final = Tolerance(0.0, 0.025)
+# the share of 10,000 draws that are dropped: five standard deviations
+
+FIRST_RATIO: Final = Tolerance(0.0, 1e-8)
+# KL before the first gradient step, float32: log-probabilities at once and step by step differ by
+# 1e-6, and KL is half the square of that; its own rounding is 1e-8
+GRADIENT_NORM: Final = Tolerance(1e-4)
+# a clipped gradient's norm, float32: torch divides by the norm plus 1e-6
+CLONED_SHIFT: Final = Tolerance(0.0, 0.1)
+# mean log multipliers after a short cloning: the entropy bonus keeps them a little nearer to 0
 
 
 def assert_close(

@@ -100,7 +100,7 @@ def schedule_learner(config: PPOConfig, seed: int = 0) -> Learner:
 
 @torch.no_grad()
 def schedule(
-    learner: Learner, episodes: int, generator: torch.Generator, steps: int = 12
+    learner: Learner, episodes: int, generator: torch.Generator, steps: int = 9
 ) -> Episodes:
     """A planted schedule: halve lr in each step of the last third, and leave it alone before.
 
