@@ -89,12 +89,9 @@ class WideTransformerFamily(TaskFamily):
         """Draw network and tasks; see :meth:`TaskFamily.sample`."""
         seeds = task_seeds(seed, runs, device)
         generator = architecture_random(self.name, seed)
-        width = generator.choice((48, 64))
-        activation, norm_first = (
-            generator.choice(("relu", "gelu", "silu")),
-            generator.random() < 0.75,
-        )
-        network = Transformer(16, width, 4, 4, 2 * width, activation, norm_first)
+        activation = generator.choice(("relu", "gelu", "silu"))
+        norm_first = generator.random() < 0.75
+        network = Transformer(12, 48, 4, 4, 96, activation, norm_first)
         conditions = random_conditions(seeds, generator, dropout=0.15, noise=0.0)
         text = held_out_text(self.data_dir).to(seeds.device)
         return LanguageTasks(self.name, seeds, network, text, 4, conditions)

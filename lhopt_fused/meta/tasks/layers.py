@@ -156,10 +156,14 @@ def losses(outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> torch.Te
     rows, classes = outputs.flatten(0, 1), targets.flatten()
     if loss == "cross_entropy":
         each = F.cross_entropy(rows, classes, reduction="none")
-    elif loss == "hinge":
-        # not torch's multi_margin_loss, which takes NaN for no loss; the class itself adds 1
-        margins = (1.0 + rows - rows.gather(1, classes[:, None])).relu()
-        each = (margins.sum(dim=1) - 1.0) / rows.shape[1]
     else:
-        each = (rows - F.one_hot(classes, rows.shape[1])).square().sum(dim=1)
+        # comparing, where gather would add up its gradient in any order on a GPU
+        right = classes[:, None] == torch.arange(rows.shape[1], device=rows.device)
+        each = _hinge(rows, right) if loss == "hinge" else (rows - right.float()).square().sum(1)
     return each.view(outputs.shape[:2]).mean(dim=1) + _TINY
+
+
+def _hinge(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Mean margin violation of the wrong classes; unlike torch's, NaN where a row is NaN."""
+    own = torch.where(right, rows, 0.0).sum(dim=1, keepdim=True)
+    return torch.where(right, 0.0, (1.0 + rows - own).relu()).mean(dim=1)

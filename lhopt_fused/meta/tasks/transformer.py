@@ -253,7 +253,7 @@ def random_transformer(generator: random.Random) -> Transformer:
     norm_first = generator.random() < 0.75
     # four windows of it stay affordable
     a_symbol = depth * width * (4 * width + 2 * hidden) + width * SYMBOLS
-    context = max(8, min(generator.randint(8, 32), int(1e5 / a_symbol)))
+    context = max(8, min(generator.randint(8, 32), int(7e4 / a_symbol)))
     return Transformer(context, width, depth, heads, hidden, activation, norm_first)
 
 
@@ -279,5 +279,5 @@ class TransformerFamily(TaskFamily):
         if self.data_dir is not None and (self.data_dir / "text").is_dir():
             own = user_text(self.data_dir / "text", "*.txt").to(seeds.device)
             text = generator.choice((text, own))
-        batch_size = affordable_batch(generator, network.products, 4, 16)
+        batch_size = affordable_batch(generator, network.products, 4, 16, budget=1.5e5)
         return LanguageTasks(self.name, seeds, network, text, batch_size, conditions)
