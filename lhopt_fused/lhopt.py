@@ -83,6 +83,8 @@ class LHOPT(CIAO):
         PolicyFileError, FileNotFoundError: there is no such policy, or the file is not one.
     """
 
+    _carried_keys = (*CIAO._carried_keys, _STATE_KEY)
+
     def __init__(
         self,
         params: ParamsT,
@@ -340,8 +342,7 @@ class LHOPT(CIAO):
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`CIAO`'s, and under ``"lhopt"`` the policy's side of the run."""
-        saved = super().state_dict()
-        saved[_STATE_KEY] = {
+        own = {
             "policy": self.policy.name,
             "fingerprint": _fingerprint(self.policy),
             "policy_state": torch.from_numpy(self._policy_run.get_state().copy()),
@@ -355,7 +356,7 @@ class LHOPT(CIAO):
             "registers": self.registers.state_dict(),
             "history": [step.to_plain() for step in self.history],
         }
-        return saved
+        return self._carry(super().state_dict(), _STATE_KEY, own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -363,7 +364,7 @@ class LHOPT(CIAO):
         Raises:
             ValueError: it is of another optimizer, policy or length of run; nothing has changed.
         """
-        saved = state_dict.get(_STATE_KEY)
+        saved = self._carried(state_dict, _STATE_KEY)
         if saved is None:
             raise ValueError("the state dict has no 'lhopt' entry: it was not saved by LHOPT")
         mine = {

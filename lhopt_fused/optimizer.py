@@ -113,6 +113,7 @@ class MeasuredOptimizer(Optimizer):
     """
 
     _group_keys: ClassVar[tuple[str, ...]]  # what a step reads of a param group; "lr" first
+    _carried_keys: ClassVar[tuple[str, ...]] = (_STATE_KEY,)  # of a state dict, beside torch's
 
     def __init__(
         self,
@@ -465,13 +466,26 @@ class MeasuredOptimizer(Optimizer):
         saved = super().state_dict()
         run = self._run
         sums = run.features.folded_sums() if run is not None else self._feature_sums
-        saved[_STATE_KEY] = {
+        measured = {
             "inner_step": self._inner_step,
             "skipped_steps": self.skipped_steps,
             "feature_sums": sums.clone() if sums is not None else None,
             **self._rounding(),
         }
+        return self._carry(saved, _STATE_KEY, measured)
+
+    @staticmethod
+    def _carry(saved: dict[str, Any], key: str, value: dict[str, Any]) -> dict[str, Any]:
+        """Put ``value`` into a state dict, and into its first group: it is ``param_groups`` and
+        ``state`` alone that torch.distributed.checkpoint keeps."""
+        saved[key] = saved["param_groups"][0][key] = value
         return saved
+
+    @staticmethod
+    def _carried(state_dict: dict[str, Any], key: str) -> dict[str, Any] | None:
+        """What :meth:`_carry` has put there; None if there is nothing."""
+        places = (state_dict, *state_dict["param_groups"])
+        return next((place[key] for place in places if key in place), None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.
@@ -481,14 +495,18 @@ class MeasuredOptimizer(Optimizer):
         Raises:
             ValueError: the saved groups do not fit the ones here.
         """
-        super().load_state_dict(state_dict)
+        groups = [
+            {name: value for name, value in group.items() if name not in self._carried_keys}
+            for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         # torch casts floating state to its parameter's dtype; take it as it was saved instead
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for saved_id, param in zip(saved_ids, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
-        measured = state_dict.get(_STATE_KEY, {})
+        measured = self._carried(state_dict, _STATE_KEY) or {}
         self._settings |= {name: measured[name] for name in _ROUNDING if name in measured}
         self._run = None
         self._group_values = []

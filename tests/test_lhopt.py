@@ -296,6 +296,44 @@ def test_resumes_bit_identically_wherever_it_is_saved(tmp_path: Path, draw: int)
     assert same(optimizer.history, resumed.history)
 
 
+def through_torch(saved_of: LHOPT, model: torch.nn.Module, into: LHOPT, other: Any) -> None:
+    into.load_state_dict(saved_of.state_dict())
+
+
+def through_distributed(saved_of: LHOPT, model: torch.nn.Module, into: LHOPT, other: Any) -> None:
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    saved = distributed.get_optimizer_state_dict(model, saved_of)
+    assert set(saved) == {"state", "param_groups"}
+    distributed.set_optimizer_state_dict(other, into, saved)
+
+
+@pytest.mark.parametrize("through", [through_torch, through_distributed])
+@pytest.mark.parametrize("saved_at", [5, 10, 13])
+def test_resumes_through_distributed_checkpoints_too(through: Any, saved_at: int) -> None:
+    """Which know parameters by name, and nothing of a state dict but "state" and "param_groups"."""
+
+    def make() -> tuple[torch.nn.Module, LHOPT]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+        groups = [{"params": [layer.weight, layer.bias]} for layer in reversed(model)]
+        keywords: dict[str, Any] = {"policy": random_policy(3, True), "sample": True}
+        return model, LHOPT(groups, 20, outer_steps=6, restart_registers=3, **keywords)
+
+    model, optimizer = make()
+    run(optimizer, list(model.parameters()), 0, saved_at)
+    other, resumed = make()
+    other.load_state_dict(model.state_dict())
+    through(optimizer, model, resumed, other)
+    keys = [set(group) for group in optimizer.param_groups]
+    assert [set(group) for group in resumed.param_groups] == keys
+    run(optimizer, list(model.parameters()), saved_at, 20)
+    run(resumed, list(other.parameters()), saved_at, 20)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    assert same(optimizer.history, resumed.history)
+
+
 def test_a_checkpoint_of_another_run_is_refused() -> None:
     params = make_params()
     optimizer = LHOPT(params, 8)
