@@ -1,15 +1,23 @@
-"""One decision of the policy: the C++ runner beside the same network and function in torch.
+"""One decision of the policy: the C++ runner beside the same function in eager torch.
 
-``python -m benchmarks.decision``: verify that they agree, then time, interleaved, on one thread.
+``python -m benchmarks.decision``: verify that they agree, then time, on one thread. The runner does
+features, network, decision and actions in its one call; "torch, whole decision" is the same, "torch
+network alone" is less. Each is timed with its weights in three places:
+
+- warm: the same call over and over, in blocks;
+- alternating: after one call of each of the others;
+- cold: after 64 MiB have been written to, twice a last-level cache.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -36,6 +44,14 @@ from lhopt_fused.types import HYPERPARAMETERS
 RESULTS = Path(__file__).parent / "results"
 AGREEMENT = 1e-5  # in the log multipliers; tests/tolerances.py holds the tests to their own
 START = {name: float(LHOPT_START[name]) for name in HYPERPARAMETERS}
+RUNNER = "runner, whole decision"
+STATES = ("warm", "alternating", "cold")
+BLOCK = 10  # calls to warm up, and as many that are timed
+COLD_EVERY = 5  # rounds; it takes long to empty the caches
+LARGEST_CACHE = 32 * 2**20  # bytes of a last-level cache that one core reaches
+
+Calls = dict[str, Callable[[], object]]
+Samples = dict[str, list[float]]
 
 
 def observation() -> RunObservation:
@@ -51,7 +67,7 @@ def batched(one: RunObservation) -> Observation:
     return Observation(*numbers[:3], torch.tensor([True]), *numbers[3:])
 
 
-def contestants(hidden: int) -> dict[str, Callable[[], object]]:
+def contestants(hidden: int) -> Calls:
     """What is timed; raises AssertionError if runner and torch do not agree first."""
     torch.manual_seed(0)
     network = PolicyNetwork(NetworkShape(len(FEATURES), SPACE.head_sizes, hidden=hidden)).eval()
@@ -68,25 +84,68 @@ def contestants(hidden: int) -> dict[str, Callable[[], object]]:
     error = np.abs(runner.decide(one).shifts - decision.shifts[0].numpy()).max()
     assert error <= AGREEMENT, f"runner and torch differ by {error:.2e} in the log multipliers"
     return {
-        "runner": lambda: runner.decide(one),
-        "torch network": lambda: network(features, start.lstm),
+        RUNNER: lambda: runner.decide(one),
+        "torch network alone": lambda: network(features, start.lstm),
         "torch, whole decision": lambda: policy_step(network, SPACE, many, start),
     }
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of every call in every round."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter_ns()
-            call()
-            samples[name].append((time.perf_counter_ns() - begin) / 1e3)
-    return {name: values[rounds // 10 :] for name, values in samples.items()}
+def timed(call: Callable[[], object]) -> float:
+    """Microseconds of one call."""
+    begin = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def measure(calls: Calls, rounds: int) -> dict[str, Samples]:
+    """Microseconds of every call by state of the caches; contestants take turns in every round."""
+    swept = torch.zeros(2 * LARGEST_CACHE, dtype=torch.uint8)
+    samples: dict[str, Samples] = {state: {name: [] for name in calls} for state in STATES}
+    for index in range(rounds):
+        names = list(calls)[index % len(calls) :] + list(calls)[: index % len(calls)]
+        for name in names:
+            block = [timed(calls[name]) for _ in range(2 * BLOCK)]
+            samples["warm"][name].append(statistics.median(block[BLOCK:]))
+        for name in names:
+            samples["alternating"][name].append(timed(calls[name]))
+        if index % COLD_EVERY == 0:
+            for name in names:
+                swept.add_(1)
+                samples["cold"][name].append(timed(calls[name]))
+    return samples
+
+
+def rows_of(state: str, samples: Samples) -> Iterator[dict[str, Any]]:
+    for name, values in samples.items():
+        low, median, high = quartiles(values)
+        ratio = quartiles(ratios(values, samples[RUNNER]))[1]
+        yield {
+            "variant": name,
+            "caches": state,
+            "median_us": median,
+            "quartiles_us": [low, high],
+            "ratio": ratio,
+        }
+
+
+def table_of(rows: Sequence[dict[str, Any]], hidden: int) -> Table:
+    table = Table(title=f"One decision, {hidden} wide, one thread")
+    for heading in ("caches", "variant", "median µs", "quartiles", "to runner"):
+        table.add_column(heading, justify="left" if heading in ("caches", "variant") else "right")
+    for row in rows:
+        low, high = row["quartiles_us"]
+        table.add_row(
+            row["caches"],
+            row["variant"],
+            f"{row['median_us']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{row['ratio']:.1f}",
+        )
+    return table
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=10, help="Calls of each.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=10, help="Times that each gets its turn.")] = 300,
     hidden: Annotated[int, typer.Option(help="Width of the network.")] = 256,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -94,30 +153,13 @@ def main(
     torch.set_num_threads(1)
     with torch.inference_mode():
         samples = measure(contestants(hidden), rounds)
-    rows = []
-    for name, values in samples.items():
-        low, median, high = quartiles(values)
-        ratio = quartiles(ratios(values, samples["runner"]))[1]
-        rows.append(
-            {"variant": name, "median_us": median, "quartiles_us": [low, high], "ratio": ratio}
-        )
-    table = Table(title=f"One decision, {hidden} wide, one thread")
-    for heading in ("variant", "median µs", "quartiles", "to runner"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in rows:
-        low, high = row["quartiles_us"]
-        table.add_row(
-            row["variant"],
-            f"{row['median_us']:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{row['ratio']:.1f}",
-        )
-    Console().print(table)
+    rows = [row for state in STATES for row in rows_of(state, samples[state])]
+    Console().print(table_of(rows, hidden))
     commit, dirty = machine.commit()
     device = torch.device("cpu")
     name = f"decision-{commit}{'-dirty' if dirty else ''}.json"
     document = {
-        "schema": 1,
+        "schema": 2,
         "suite": "decision",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -125,6 +167,7 @@ def main(
         "machine": machine.device_slug(device),
         "machine_details": machine.describe(device),
         "versions": machine.versions(()),
+        "load": os.getloadavg()[0],
         "hidden": hidden,
         "rows": rows,
     }

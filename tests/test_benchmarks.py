@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import figure, machine, report, run
+from benchmarks import decision, figure, machine, report, run
 from benchmarks.gate import GateError, check
 from benchmarks.registry import Run, Settings, Unavailable, Variant, mean_bytes, select
 from benchmarks.timing import Contestant, Sample, Series, interleave, quartiles, ratios, rotated
@@ -288,3 +288,16 @@ def test_slug(name: str, expected: str) -> None:
 
 def test_labels_are_spread() -> None:
     assert figure.spread([1.0, 1.1, 5.0], 0.5) == [1.0, 1.5, 5.0]
+
+
+def test_a_decision_is_timed_in_every_state_of_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "LARGEST_CACHE", 2**10)
+    calls = decision.contestants(16)
+    samples = decision.measure(calls, 10)
+    rows = [row for state in decision.STATES for row in decision.rows_of(state, samples[state])]
+    assert [row["variant"] for row in rows] == [*calls] * len(decision.STATES)
+    assert all(len(values) == 10 for values in samples["warm"].values())
+    assert all(row["ratio"] == 1.0 for row in rows if row["variant"] == decision.RUNNER)
+    monkeypatch.setattr(decision, "AGREEMENT", 0.0)
+    with pytest.raises(AssertionError, match="runner and torch differ by"):
+        decision.contestants(16)
