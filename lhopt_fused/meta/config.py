@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
+import torch
 
 from lhopt_fused.actions import ACTIONS, Action, ActionSpace
 from lhopt_fused.ciao import LHOPT_START
@@ -30,6 +33,7 @@ __all__ = [
     "MetaConfig",
     "PolicyConfig",
     "ValidationConfig",
+    "config_from_plain",
     "load_config",
     "shipped_configs",
 ]
@@ -43,6 +47,8 @@ def _with_keep(action: Action) -> Action:
 
 
 _ACTIONS_WITH_KEEP: Final = tuple(map(_with_keep, ACTIONS))
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         for prefix in self.hide:
             if not any(name.startswith(prefix) for name in FEATURES):
-                raise ValueError(f"policy.hide has {prefix!r}, which begins no policy feature")
+                raise ValueError(f"hide has {prefix!r}, which begins no policy feature")
+        self.shape  # noqa: B018 - its own checks
 
     @property
     def action_space(self) -> ActionSpace:
@@ -99,12 +106,17 @@ class CloningConfig:
         wander: standard deviation of the noise on the teacher's log learning rates.
     """
 
-    settings: int = 24
-    batches: int = 24
+    settings: int = 16
+    batches: int = 16
     steps: int = 600
     learning_rate: float = 1e-3
     entropy: float = 1e-2
     wander: float = 0.15
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "settings", "steps")
+        _check_at_least(self, 0, "batches", "entropy", "wander")
+        _check_above_zero(self, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -118,12 +130,31 @@ class ValidationConfig:
         outer_steps, inner_steps, longest: as of the training tasks, but up to twice as long.
     """
 
-    settings: int = 32
-    tasks: int = 8
+    settings: int = 24
+    tasks: int = 6
     every: int = 20
     outer_steps: tuple[int, int] = (2, 128)
     inner_steps: tuple[int, int] = (4, 64)
     longest: int = 2048
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "settings", "every")
+        try:
+            self.distribution(TaskDistribution())
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("tasks.")) from error
+
+    def distribution(self, training: TaskDistribution) -> TaskDistribution:
+        """What its settings are drawn from, beside the training tasks."""
+        return TaskDistribution(
+            families=training.families,
+            tasks=self.tasks,
+            repeats=1,
+            outer_steps=self.outer_steps,
+            inner_steps=self.inner_steps,
+            longest=self.longest,
+            hidden_eval=training.hidden_eval,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +170,10 @@ class MetaConfig:
         workers: processes that collect them.
         checkpoint_minutes: between checkpoints.
         baseline: what the reward compares with.
+        device: where inner runs and gradient steps are: cpu, cuda, or cuda:N.
+
+    Raises:
+        ValueError: naming the field that is out of range or contradicts another.
     """
 
     name: str
@@ -149,6 +184,7 @@ class MetaConfig:
     workers: int = 2
     checkpoint_minutes: float = 3.0
     baseline: Baseline = "tuned"
+    device: str = "cpu"
     tasks: TaskDistribution = field(default_factory=TaskDistribution)
     noise: StartNoise = field(default_factory=StartNoise)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -157,14 +193,27 @@ class MetaConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batches", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("minutes", "checkpoint_minutes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if not _PLAIN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name!r}, expected letters, digits, '.', '_' and '-': the policy "
+                "file is called so"
+            )
+        _check_at_least(self, 1, "updates", "batches", "workers")
+        _check_above_zero(self, "minutes", "checkpoint_minutes")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}, expected 0 to 2**31 - 1")
+        if not _is_device(self.device):
+            raise ValueError(f"device is {self.device!r}, expected cpu, cuda, or cuda:N")
+        if self.episodes > self.ppo.buffer_episodes:
+            raise ValueError(
+                f"ppo.buffer_episodes is {self.ppo.buffer_episodes}, fewer than the {self.episodes} "
+                "episodes of an update (batches x tasks.tasks x tasks.repeats)"
+            )
+
+    @property
+    def episodes(self) -> int:
+        """Collected for each update."""
+        return self.batches * self.tasks.tasks * self.tasks.repeats
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, as TOML and JSON hold them."""
@@ -173,16 +222,26 @@ class MetaConfig:
     @property
     def validation_tasks(self) -> TaskDistribution:
         """What the validation's settings are drawn from."""
-        own = self.validation
-        return TaskDistribution(
-            families=self.tasks.families,
-            tasks=own.tasks,
-            repeats=1,
-            outer_steps=own.outer_steps,
-            inner_steps=own.inner_steps,
-            longest=own.longest,
-            hidden_eval=self.tasks.hidden_eval,
-        )
+        return self.validation.distribution(self.tasks)
+
+
+def _check_at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least {least}")
+
+
+def _check_above_zero(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected more than 0")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.device(name).type in ("cpu", "cuda")
+    except RuntimeError:
+        return False
 
 
 START_HYPERPARAMETERS: Final = {name: float(LHOPT_START[name]) for name in HYPERPARAMETERS}
@@ -195,13 +254,17 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(str(folder)).glob("*.toml"))}
 
 
-def load_config(config: str | Path) -> MetaConfig:
+def load_config(config: str | Path, overrides: Sequence[str] = ()) -> MetaConfig:
     """The configuration in a TOML file, or a shipped one by its name.
+
+    Args:
+        config: path or name.
+        overrides: values that replace those of the file, as ``section.key=value``, in TOML.
 
     Raises:
         FileNotFoundError: there is neither.
         ValueError: a key is unknown, missing or of another type, or values contradict one another;
-            the message names the file and the key.
+            the message names the file and the whole key. Or an override is not a key and a value.
     """
     path = shipped_configs().get(str(config), Path(config))
     if not path.is_file():
@@ -210,22 +273,86 @@ def load_config(config: str | Path) -> MetaConfig:
             f"{', '.join(shipped_configs())}, and no file has that path"
         )
     try:
-        with path.open("rb") as file:
-            plain = tomllib.load(file)
+        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _override(plain, override)
+    try:
         return config_from_plain(plain)
-    except (tomllib.TOMLDecodeError, dacite.DaciteError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:
+        changed = f" with {', '.join(overrides)}" if overrides else ""
+        raise ValueError(f"{path}{changed}: {error}") from error
+
+
+def _override(plain: dict[str, Any], override: str) -> None:
+    """Put ``section.key=value`` into the tables."""
+    key, _, text = override.partition("=")
+    *sections, name = (part.strip() for part in key.split("."))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"{override!r} is not section.key=value with a value in TOML, such as "
+            f"tasks.longest=512 or baseline='\"adamw\"': {error}"
+        ) from error
+    for section in sections:
+        plain = plain.setdefault(section, {})
+        if not isinstance(plain, dict):
+            raise ValueError(f"{override!r}: {section} is a value, not a section")
+    plain[name] = value
 
 
 def config_from_plain(plain: Mapping[str, Any]) -> MetaConfig:
     """The inverse of :meth:`MetaConfig.to_plain`.
 
     Raises:
-        dacite.DaciteError: a key is unknown, missing or of another type.
-        ValueError: a value is out of range or contradicts another.
+        ValueError: a key is unknown, missing or of another type, or a value is out of range or
+            contradicts another; the message names the whole key.
     """
+    for problem in _misfits(MetaConfig, plain, ""):
+        raise ValueError(problem)
+    values = dict(plain)
+    for name, kind in get_type_hints(MetaConfig).items():
+        if is_dataclass(kind) and isinstance(values.get(name), Mapping):
+            values[name] = _section(kind, values[name], f"{name}.")
+    return _section(MetaConfig, values, "")
+
+
+def _misfits(kind: Any, plain: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """What is wrong with the keys: those that there are not, and truth values for numbers."""
+    hints = get_type_hints(kind)
+    for key, value in plain.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1)
+            meant = f"; did you mean {prefix}{near[0]}?" if near else f", only {', '.join(hints)}"
+            yield f"there is no key {prefix}{key}{meant}"
+        elif isinstance(value, bool) and hints[key] is not bool:
+            yield f"{prefix}{key} is {str(value).lower()}, expected a value of another type"
+        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
+            yield from _misfits(hints[key], value, f"{prefix}{key}.")
+
+
+def _section(kind: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
+    """A dataclass of plain values; what is wrong is said with ``prefix`` before the key."""
     checks = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number})
-    return dacite.from_dict(MetaConfig, dict(plain), checks)
+    try:
+        return dacite.from_dict(kind, values, checks)  # type: ignore[type-var]
+    except dacite.MissingValueError as error:
+        raise ValueError(f"{prefix}{error.field_path} is missing") from error
+    except dacite.WrongTypeError as error:
+        raise ValueError(
+            f"{prefix}{error.field_path} is {error.value!r}, expected {_described(error.field_type)}"
+        ) from error
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        raise ValueError(f"{prefix}{str(error).removeprefix(prefix)}") from error
+
+
+def _described(kind: Any) -> str:
+    """A type in the words of an error."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return str(kind) if get_args(kind) else kind.__name__
 
 
 def _number(value: object) -> object:
