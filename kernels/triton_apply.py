@@ -6,7 +6,12 @@ import triton
 import triton.language as tl
 
 from lhopt_fused.kernels.triton_chunks import data_pointer, load_chunk, tile, where_set
+from lhopt_fused.kernels.triton_rounding import chunk_keys, round_at_random, round_to
 from lhopt_fused.kernels.triton_tables import (
+    A_COPY,
+    A_M,
+    A_PARAM,
+    A_V,
     ADDRESS_COLUMNS,
     C_ACTIVE,
     C_DECAY,
@@ -26,7 +31,7 @@ from lhopt_fused.kernels.triton_tables import (
     WORK_COLUMNS,
 )
 
-__all__ = ["apply_kernel", "load_direction", "param_norm_kernel", "round_to", "update_direction"]
+__all__ = ["apply_kernel", "load_direction", "param_norm_kernel", "update_direction"]
 
 
 @triton.jit
@@ -60,28 +65,17 @@ def update_direction(
 
 
 @triton.jit
-def round_to(x, DTYPE: tl.constexpr):
-    """float32 -> ``DTYPE``, to the nearest, ties to even.
-
-    bfloat16 is the upper half of a float32, so that rounding is integer arithmetic; written out
-    because Triton's interpreter truncates.
-    """
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-        nearest = tl.where(x == x, nearest, 0x7FC00000)  # a NaN must not round to a number
-        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def apply_kernel(
     chunks_ptr,
     grads_ptr,  # int64 [T]
     addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
     coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    tensor_state_ptr,
+    seed_ptr,  # int32 [2]
     new_param_sq_ptr,  # float32 [rows], written where DELAYED
     PARAM_DTYPE: tl.constexpr,
+    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
     DECAY_IN_UPDATE: tl.constexpr,
@@ -101,14 +95,18 @@ def apply_kernel(
     if (tl.load(row_ptr + C_DEFERRED) == 0.0) | (tl.load(row_ptr + C_ACTIVE) == 0.0):
         return
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
-    param_ptr = data_pointer(tl.load(address_ptr), start, PARAM_DTYPE, ALIGNED)
-    m_ptr = data_pointer(tl.load(address_ptr + 1), start, tl.float32, ALIGNED)
-    v_ptr = data_pointer(tl.load(address_ptr + 2), start, tl.float32, ALIGNED)
+    param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
+    m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
+    v_ptr = data_pointer(tl.load(address_ptr + A_V), start, tl.float32, ALIGNED)
     grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
     some_masked = tl.load(row_ptr + C_MASKED)
     m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
     step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
     new_param_sq = tl.zeros([ROWS], tl.float32)
+    if STOCHASTIC:
+        first_key, second_key = chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
+    if COPY_DTYPE is not None:
+        copy_ptr = data_pointer(tl.load(address_ptr + A_COPY), start, COPY_DTYPE, ALIGNED)
     for offset in range(0, length, ROWS * VECTOR):
         indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
         p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
@@ -122,8 +120,13 @@ def apply_kernel(
             looks = where_set(inside, some_masked)
             g = tl.load(grad_ptr + indices, mask=looks, other=0.0).to(tl.float32)
             new = tl.where(tl.abs(g) < float("inf"), new, p)
-        rounded = round_to(new, PARAM_DTYPE)
+        if STOCHASTIC:
+            rounded = round_at_random(new, indices, first_key, second_key, PARAM_DTYPE)
+        else:
+            rounded = round_to(new, PARAM_DTYPE)
         tl.store(param_ptr + indices, rounded, mask=inside)
+        if COPY_DTYPE is not None:
+            tl.store(copy_ptr + indices, round_to(new, COPY_DTYPE), mask=inside)
         if DELAYED:
             kept = rounded.to(tl.float32)
             new_param_sq += tl.sum(kept * kept, axis=1)

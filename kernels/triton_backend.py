@@ -35,6 +35,7 @@ from lhopt_fused.kernels.triton_features import (
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
 from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, Signature, StepPlan
+from lhopt_fused.kernels.triton_tables import A_SIGNS
 
 __all__ = ["TritonBackend", "check_layout"]
 
@@ -67,7 +68,8 @@ class TritonBackend:
             self._tables = DeviceTables(layout)
             self._pointers = _GradPointers(self._tables.grads)
             self._features = self._feature_launches()
-            self._state_aligned = _is_aligned(self._tables.addresses[:, :3].cpu().numpy())
+            arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
+            self._state_aligned = _is_aligned(arrays.cpu().numpy())
             self._plans: dict[Signature, StepPlan] = {}
             self._plan = self._plan_for(
                 Signature(
@@ -228,8 +230,9 @@ def check_layout(layout: StepLayout) -> None:
             "backend='cpu' or 'reference', or set TRITON_INTERPRET=1 to run it on the CPU for tests"
         )
     wanted = "cpu" if INTERPRETED else "cuda"
-    every = (*layout.params, *layout.exp_avgs, *layout.exp_avg_sqs, *(layout.grad_signs or ()))
-    for tensor in every:
+    masters = [master for master in layout.master_params or () if master is not None]
+    state = (*layout.exp_avgs, *layout.exp_avg_sqs, *masters, *(layout.grad_signs or ()))
+    for tensor in (*layout.params, *state):
         if tensor.device.type != wanted or tensor.device != layout.device:
             raise ValueError(
                 f"backend 'triton' steps tensors of one {wanted.upper()} device, here "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lhopt_fused.kernels.triton_apply import load_direction, round_to, update_direction
+from lhopt_fused.kernels.triton_apply import load_direction, update_direction
 from lhopt_fused.kernels.triton_chunks import (
     data_pointer,
     load_chunk,
@@ -14,7 +14,13 @@ from lhopt_fused.kernels.triton_chunks import (
     tile,
     where_set,
 )
+from lhopt_fused.kernels.triton_rounding import chunk_keys, round_at_random, round_to
 from lhopt_fused.kernels.triton_tables import (
+    A_COPY,
+    A_M,
+    A_PARAM,
+    A_SIGNS,
+    A_V,
     ADDRESS_COLUMNS,
     C_ACTIVE,
     C_BETA1,
@@ -104,8 +110,12 @@ def moments_kernel(
     grads_ptr,  # int64 [T]
     addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
     coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    tensor_state_ptr,
+    seed_ptr,  # int32 [2]
     partials_ptr,  # float32 [rows, COLUMNS]
     PARAM_DTYPE: tl.constexpr,
+    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
     DECAY_IN_UPDATE: tl.constexpr,
@@ -126,11 +136,15 @@ def moments_kernel(
     if tl.load(row_ptr + C_ACTIVE) == 0.0:
         return
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
-    param_ptr = data_pointer(tl.load(address_ptr), start, PARAM_DTYPE, ALIGNED)
-    m_ptr = data_pointer(tl.load(address_ptr + 1), start, tl.float32, ALIGNED)
-    v_ptr = data_pointer(tl.load(address_ptr + 2), start, tl.float32, ALIGNED)
+    param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
+    m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
+    v_ptr = data_pointer(tl.load(address_ptr + A_V), start, tl.float32, ALIGNED)
     grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
-    signs_ptr = (tl.load(address_ptr + 3) + start // 8).to(tl.pointer_type(tl.uint8))
+    signs_ptr = (tl.load(address_ptr + A_SIGNS) + start // 8).to(tl.pointer_type(tl.uint8))
+    if COPY_DTYPE is not None:
+        copy_ptr = data_pointer(tl.load(address_ptr + A_COPY), start, COPY_DTYPE, ALIGNED)
+    if STOCHASTIC:
+        first_key, second_key = chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
     applies = 1.0 - tl.load(row_ptr + C_DEFERRED)
     beta1, ombeta1 = tl.load(row_ptr + C_BETA1), tl.load(row_ptr + C_OMBETA1)
     beta2, ombeta2 = tl.load(row_ptr + C_BETA2), tl.load(row_ptr + C_OMBETA2)
@@ -163,10 +177,16 @@ def moments_kernel(
             # What is left out adds nothing to any sum but |p|^2.
             u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
             m = tl.where(taken, m, 0.0)
-        rounded = round_to(new_p, PARAM_DTYPE)
+        if STOCHASTIC:
+            rounded = round_at_random(new_p, indices, first_key, second_key, PARAM_DTYPE)
+        else:
+            rounded = round_to(new_p, PARAM_DTYPE)
         tl.store(m_ptr + indices, new_m, mask=inside)
         tl.store(v_ptr + indices, new_v, mask=inside)
-        tl.store(param_ptr + indices, rounded, mask=where_set(inside, applies))
+        applied = where_set(inside, applies)
+        tl.store(param_ptr + indices, rounded, mask=applied)
+        if COPY_DTYPE is not None:
+            tl.store(copy_ptr + indices, round_to(new_p, COPY_DTYPE), mask=applied)
 
         same_sign_grad = taken
         if SIGNS:

@@ -86,6 +86,18 @@ def _memberships(
     return members, membership, run_groups, first_group
 
 
+def _arrays(layout: StepLayout, tensor: int) -> tuple[torch.Tensor | None, ...]:
+    """What a tensor's row of ``DeviceTables.addresses`` points at."""
+    param, master = layout.params[tensor], _master(layout, tensor)
+    stepped, copy = (param, None) if master is None else (master, param)
+    signs = layout.grad_signs[tensor] if layout.grad_signs else None
+    return stepped, layout.exp_avgs[tensor], layout.exp_avg_sqs[tensor], copy, signs
+
+
+def _master(layout: StepLayout, tensor: int) -> torch.Tensor | None:
+    return layout.master_params[tensor] if layout.master_params else None
+
+
 class DeviceTables:
     """The small tables of a layout on its device: what is fixed, and what a step hands on."""
 
@@ -95,11 +107,15 @@ class DeviceTables:
         def integers(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(device)
 
-        signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * count
-        state = zip(layout.params, layout.exp_avgs, layout.exp_avg_sqs, signs, strict=True)
         self.addresses = integers(
-            [[x.data_ptr() if x is not None else 0 for x in row] for row in state], torch.int64
+            [
+                [0 if x is None else x.data_ptr() for x in _arrays(layout, tensor)]
+                for tensor in range(count)
+            ],
+            torch.int64,
         )
+        seed = [layout.rounding_seed, layout.rounding_seed >> 32]
+        self.rounding_seed = integers([(word + 2**31) % 2**32 - 2**31 for word in seed])
         self.numel = integers([p.numel() for p in layout.params], torch.int64)
         self.traits = integers([_traits(layout, tensor) for tensor in range(count)])
         self.group_of = integers(layout.group_of)
@@ -118,7 +134,9 @@ class DeviceTables:
 class _Bucket(NamedTuple):
     """What selects the code of the passes over elements."""
 
-    param: torch.dtype
+    param: torch.dtype  # of what is stepped
+    copy: torch.dtype | None  # of the parameter that has a master
+    stochastic: bool
     grad: torch.dtype
     root_denominator: bool
     decay_in_update: bool
@@ -126,6 +144,8 @@ class _Bucket(NamedTuple):
     def constants(self) -> dict[str, Any]:
         return {
             "PARAM_DTYPE": DTYPES[self.param],
+            "COPY_DTYPE": None if self.copy is None else DTYPES[self.copy],
+            "STOCHASTIC": self.stochastic,
             "GRAD_DTYPE": DTYPES[self.grad],
             "ROOT_DENOMINATOR": self.root_denominator,
             "DECAY_IN_UPDATE": self.decay_in_update,
@@ -176,6 +196,14 @@ class StepPlan:
         rows = max(1, self._chunks.rows)
         self._partials = torch.zeros(rows, 16, dtype=torch.float32, device=layout.device)
         self._buckets = self._group_tensors()
+        self._pass_args = (
+            device.grads,
+            device.addresses,
+            device.coefficients,
+            layout.tensor_state,
+            device.rounding_seed,
+            self._partials,
+        )
 
         norms = [*self._norm_launches(), self._prepare_launch()]
         self.before = {
@@ -197,9 +225,14 @@ class StepPlan:
     def _group_tensors(self) -> dict[_Bucket, list[int]]:
         buckets: dict[_Bucket, list[int]] = {}
         for tensor in self._tensors:
-            options = self._layout.options[self._layout.group_of[tensor]]
+            layout, param = self._layout, self._layout.params[tensor]
+            options = layout.options[layout.group_of[tensor]]
+            has_master = _master(layout, tensor) is not None
+            stepped = torch.float32 if has_master else param.dtype
             bucket = _Bucket(
-                self._layout.params[tensor].dtype,
+                stepped,
+                param.dtype if has_master else None,
+                layout.rounding == "stochastic" and stepped != torch.float32,
                 self.signature.grad_dtypes[tensor],
                 options.denominator is Denominator.RMS,
                 options.weight_decay is WeightDecay.IN_UPDATE,
@@ -298,7 +331,7 @@ class StepPlan:
         return self._layout.masks_nonfinite or any(uses_trust(self._layout, t) for t in tensors)
 
     def _moments_launches(self, measured: bool) -> list[Launch]:
-        layout, device = self._layout, self._tables
+        layout = self._layout
         launches = []
         for bucket, tensors in self._buckets.items():
             constants = {
@@ -307,12 +340,11 @@ class StepPlan:
                 "SIGNS": layout.grad_signs is not None,
                 "COLUMNS": 16 if measured else 4 if self._needs_sums(tensors) else 0,
             }
-            args = device.grads, device.addresses, device.coefficients, self._partials
             launches += self._chunk_launches(
                 moments_kernel,
                 self._chunks,
                 tensors,
-                args,
+                self._pass_args,
                 constants,
                 _MEASURED_ELEMENTS if measured else _STEP_ELEMENTS,
             )
@@ -362,9 +394,8 @@ class StepPlan:
                 "MASKS": layout.masks_nonfinite,
                 "DELAYED": delays,
             }
-            args = device.grads, device.addresses, device.coefficients, self._partials
             launches += self._chunk_launches(
-                apply_kernel, self._chunks, tensors, args, constants, _STEP_ELEMENTS
+                apply_kernel, self._chunks, tensors, self._pass_args, constants, _STEP_ELEMENTS
             )
         if delays:
             first_row = torch.from_numpy(self._chunks.first_row).to(layout.device)

@@ -68,9 +68,14 @@ DECOUPLED_DECAY: Final = tl.constexpr(32)
 MAXIMIZES: Final = tl.constexpr(64)
 KEEPS_SIGNS: Final = tl.constexpr(128)
 
-# Where the data lies: addresses [T, ADDRESS_COLUMNS] of p, m, v and the sign bits; chunks
-# [C, CHUNK_COLUMNS] of tensor, first element, number of elements and row of partial sums.
-ADDRESS_COLUMNS: Final = tl.constexpr(4)
+# Where the data lies: addresses, int64 [T, ADDRESS_COLUMNS], 0 for what a tensor has not; chunks,
+# int64 [C, CHUNK_COLUMNS]: tensor, first element, number of elements and row of partial sums.
+ADDRESS_COLUMNS: Final = tl.constexpr(5)
+A_PARAM: Final = tl.constexpr(0)  # what is stepped: the parameter, or its float32 master
+A_M: Final = tl.constexpr(1)
+A_V: Final = tl.constexpr(2)
+A_COPY: Final = tl.constexpr(3)  # the 16-bit parameter that has a master
+A_SIGNS: Final = tl.constexpr(4)
 CHUNK_COLUMNS: Final = tl.constexpr(4)
 
 # Partial sums of a gradient pass: grad_partials [rows, GRAD_COLUMNS].

@@ -322,9 +322,14 @@ class LHOPT(CIAO):
             "exp_avg": layout.exp_avgs,
             "exp_avg_sq": layout.exp_avg_sqs,
             "grad_signs": layout.grad_signs or [],
+            "master_param": layout.master_params or [],
         }
         for name, tensors in per_tensor.items():
-            state |= {f"{name}.{index}": tensor for index, tensor in enumerate(tensors)}
+            state |= {
+                f"{name}.{index}": tensor
+                for index, tensor in enumerate(tensors)
+                if tensor is not None
+            }
         return state
 
     # ------------------------------------------------------------------ saving

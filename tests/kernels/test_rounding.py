@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import device_of, make_params, set_grads, with_triton
+from tolerances import TRAJECTORY, assert_close
 
 from lhopt_fused import CIAO, AdamW
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
@@ -170,7 +171,7 @@ def test_a_resumed_run_is_the_same_bits(backend: Any, way: str, dtype: torch.dty
 @pytest.mark.parametrize("trust", ["exact", "delayed"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_master_weights_are_a_float32_run(backend: Any, trust: str, dtype: torch.dtype) -> None:
-    """Bit for bit that of a float32 model, of which the parameters are copies."""
+    """That of a float32 model, to the order of sums; the parameters are copies of them."""
     device = device_of(backend)
     half = make_params(dtype, SHAPES, device=device)
     full = [torch.nn.Parameter(p.detach().float()) for p in half]
@@ -183,11 +184,13 @@ def test_master_weights_are_a_float32_run(backend: Any, trust: str, dtype: torch
         ours.step()
         expected.step()
         masters = [ours.state[p]["master_param"] for p in half]
-        assert equal(masters, full)
-        assert equal(half, [q.to(dtype) for q in full])
+        for master, q in zip(masters, full, strict=True):
+            assert_close(master, q, TRAJECTORY[torch.float32], q.abs().max())
+        assert equal(half, [master.to(dtype) for master in masters])
     lossy = make_params(dtype, SHAPES, device=device)
     train(build("nearest", lossy, backend, trust=trust, lr=0.01), lossy, 0, 4)
-    assert not equal(lossy, half)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(lossy[0], full[0], TRAJECTORY[torch.float32], full[0].abs().max())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
