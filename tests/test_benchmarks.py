@@ -290,6 +290,7 @@ def test_labels_are_spread() -> None:
     assert figure.spread([1.0, 1.1, 5.0], 0.5) == [1.0, 1.5, 5.0]
 
 
+@torch.inference_mode()
 def test_a_decision_is_timed_in_every_state_of_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "LARGEST_CACHE", 2**10)
     calls = decision.contestants(16)
