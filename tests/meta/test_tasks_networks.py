@@ -219,3 +219,23 @@ def test_dropout_drops_a_share_and_keeps_the_mean() -> None:
     assert not torch.equal(dropped, again)  # each call has masks of its own
     assert torch.equal(Dropout(SEEDS, 3, rates)(inputs), dropped)
     assert not torch.equal(Dropout(SEEDS, 4, rates)(inputs), dropped)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (MLP(5, (7, 7), 3, "tanh", "none"), normal(RUNS, 4, 5)),
+        (CNN((2, 6, 5), ((4, 1),), 3, "tanh", "none", False), normal(RUNS, 4, 2, 6, 5)),
+        (Recurrent("gru", 5, 6, 7, 3, True), symbols(5, RUNS, 4, 6)),
+        (Transformer(6, 8, 2, 2, 12, "relu", True), symbols(32, RUNS, 4, 6)),
+    ],
+    ids=["mlp", "cnn", "recurrent", "transformer"],
+)
+def test_networks_drop_at_each_task_s_own_rate(network: Network, inputs: torch.Tensor) -> None:
+    params, rates = drawn(network), torch.tensor([0.0, 0.5, 0.5])
+    whole = network.forward(params, inputs, None)
+    dropped = network.forward(params, inputs, Dropout(SEEDS, 3, rates))
+    again = network.forward(params, inputs, Dropout(SEEDS, 3, rates))
+    assert torch.equal(dropped, again)
+    assert_close(dropped[0], whole[0], STACKED_NETWORK, whole.abs().max())
+    assert not torch.allclose(dropped[1:], whole[1:], atol=1e-3)

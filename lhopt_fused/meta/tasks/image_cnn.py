@@ -21,7 +21,8 @@ __all__ = ["CNN", "ImageCNNFamily"]
 
 @dataclass(frozen=True)
 class CNN(Network):
-    """Convolutions 3x3, then a linear layer on the mean over pixels or on all of them.
+    """Convolutions 3x3, then a linear layer on the mean over pixels or on all of them; dropout
+    takes whole channels away from that layer.
 
     All networks run as one grouped convolution, with the channels of R tasks side by side.
 
@@ -87,9 +88,10 @@ class CNN(Network):
             bias = params[f"{index}.bias"].flatten()
             hidden = F.conv2d(hidden, weight, bias, stride=stride, padding=1, groups=runs)
             hidden = ACTIVATIONS[self.activation](self._normalise(params, index, hidden, runs))
-        hidden = hidden.view(batch, runs, -1, math.prod(hidden.shape[2:]))
-        hidden = (hidden.mean(dim=3) if self.pooled else hidden.flatten(2)).transpose(0, 1)
-        return linear(params, "head", hidden if dropout is None else dropout(hidden))
+        hidden = hidden.view(batch, runs, -1, math.prod(hidden.shape[2:])).transpose(0, 1)
+        if dropout is not None:
+            hidden = hidden * dropout(hidden.new_ones(hidden.shape[:3]))[..., None]
+        return linear(params, "head", hidden.mean(dim=3) if self.pooled else hidden.flatten(2))
 
     def _normalise(
         self, params: Mapping[str, torch.Tensor], index: int, hidden: torch.Tensor, runs: int

@@ -62,7 +62,7 @@ def image_tasks(
         loss=random_loss(generator),
         batch_size=batch_size,
         numbers=conditions,
-        input_scale=10.0 ** (uniform_numbers(seeds, 20, 1)[:, 0] - 0.5),
+        input_scale=2.0 ** (2.0 * uniform_numbers(seeds, 20, 1)[:, 0] - 1.0),
     )
 
 
@@ -83,7 +83,7 @@ class ImageMLPFamily(ImageFamily):
     A batch shares the images, a network of :func:`random_mlp`, the loss (cross entropy, squared
     error, hinge), whether there is dropout, and a batch size of 8 to 32. Each task has its own
     training set (48 images to all but the held-out 128, log-uniform, so that small ones are
-    overfitted), pixel scale (0.3 to 3), label noise (half none, else up to 0.4), dropout rate and
+    overfitted), pixel scale (0.5 to 2), label noise (half none, else up to 0.4), dropout rate and
     gain. About 30 to 120 us a step.
     """
 

@@ -138,7 +138,7 @@ def random_conditions(
 ) -> dict[str, torch.Tensor]:
     """What differs from task to task, float ``[R]`` by the names of ``TaskBatch.describe``.
 
-    The gain of the starting weights is log-uniform in 0.5 to 2; half of the tasks have noise on
+    The gain of the starting weights is log-uniform in 0.6 to 1.6; half of the tasks have noise on
     their labels.
 
     Args:
@@ -149,7 +149,7 @@ def random_conditions(
     """
     drawn = uniform_numbers(seeds, 14, 3)
     conditions = {
-        "log_initial_scale": (2.0 * drawn[:, 0] - 1.0) * math.log(2.0),
+        "log_initial_scale": (2.0 * drawn[:, 0] - 1.0) * math.log(1.6),
         "label_noise": noise * (2.0 * drawn[:, 1] - 1.0).clamp_min(0.0),
     }
     if generator.random() < dropout:
