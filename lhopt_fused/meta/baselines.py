@@ -95,18 +95,25 @@ def _constant(tasks: TaskBatch, total_steps: int, backend: BackendName) -> Curve
     for point in points:
         runs.advance(point - runs.step)
         losses.append(runs.loss("report"))
-    return Curves(torch.tensor([0, *points], dtype=torch.float64), torch.stack(losses, dim=-1))
+    return _curves(points, losses)
 
 
 def _tuned(tasks: TaskBatch, total_steps: int, backend: BackendName) -> Curves:
     settings = [adamw_settings(lr=rate) for rate in _TUNED_RATES]
+    schedules = [SCHEDULES["linear"]] * len(settings)
     budgets = sorted({max(1, round(share * total_steps)) for share in _TUNED_BUDGETS})
     start = InnerRuns(tasks, settings[0], backend=backend).loss("report")
     losses = [start]
     for budget in budgets:
-        found = final_losses(tasks, settings, [SCHEDULES["linear"]] * len(settings), budget)
+        found = final_losses(tasks, settings, schedules, budget, backend)
         losses.append(found.nan_to_num(nan=torch.inf).amin(0))
-    return Curves(torch.tensor([0, *budgets], dtype=torch.float64), torch.stack(losses, dim=-1))
+    return _curves(budgets, losses)
+
+
+def _curves(points: Sequence[int], losses: Sequence[torch.Tensor]) -> Curves:
+    """Losses ``[R]`` at the start and at each of the points, on their device."""
+    steps = losses[0].new_tensor([0, *points], dtype=torch.float64)
+    return Curves(steps, torch.stack(list(losses), dim=-1))
 
 
 def final_losses(

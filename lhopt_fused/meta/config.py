@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,9 @@ class PolicyConfig:
         registers: whether it decides about restart registers.
         keep: whether every head has a choice that changes nothing.
         trust: trust ratios of the inner optimizer.
-        hide: policy features that it does not see, by prefix of their name (an ablation).
+        memory: False for a policy that decides by the last outer step alone (an ablation; such a
+            policy cannot be deployed).
+        hide: policy features that it does not see, by patterns of their names (an ablation).
     """
 
     hidden: int = 128
@@ -69,12 +72,13 @@ class PolicyConfig:
     registers: bool = False
     keep: bool = True
     trust: Literal["exact", "delayed"] = "exact"
+    memory: bool = True
     hide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for prefix in self.hide:
-            if not any(name.startswith(prefix) for name in FEATURES):
-                raise ValueError(f"hide has {prefix!r}, which begins no policy feature")
+        for pattern in self.hide:
+            if not fnmatch.filter(FEATURES, pattern):
+                raise ValueError(f"hide has {pattern!r}, which is like no policy feature")
         self.shape  # noqa: B018 - its own checks
 
     @property
@@ -206,8 +210,8 @@ class MetaConfig:
             raise ValueError(f"device is {self.device!r}, expected cpu, cuda, or cuda:N")
         if self.episodes > self.ppo.buffer_episodes:
             raise ValueError(
-                f"ppo.buffer_episodes is {self.ppo.buffer_episodes}, fewer than the {self.episodes} "
-                "episodes of an update (batches x tasks.tasks x tasks.repeats)"
+                f"ppo.buffer_episodes is {self.ppo.buffer_episodes}, fewer than the "
+                f"{self.episodes} episodes of an update (batches x tasks.tasks x tasks.repeats)"
             )
 
     @property
@@ -314,7 +318,7 @@ def config_from_plain(plain: Mapping[str, Any]) -> MetaConfig:
         raise ValueError(problem)
     values = dict(plain)
     for name, kind in get_type_hints(MetaConfig).items():
-        if is_dataclass(kind) and isinstance(values.get(name), Mapping):
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(values.get(name), Mapping):
             values[name] = _section(kind, values[name], f"{name}.")
     return _section(MetaConfig, values, "")
 
@@ -337,12 +341,13 @@ def _section(kind: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
     """A dataclass of plain values; what is wrong is said with ``prefix`` before the key."""
     checks = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number})
     try:
-        return dacite.from_dict(kind, values, checks)  # type: ignore[type-var]
+        return dacite.from_dict(kind, values, checks)
     except dacite.MissingValueError as error:
         raise ValueError(f"{prefix}{error.field_path} is missing") from error
     except dacite.WrongTypeError as error:
+        expected = _described(error.field_type)
         raise ValueError(
-            f"{prefix}{error.field_path} is {error.value!r}, expected {_described(error.field_type)}"
+            f"{prefix}{error.field_path} is {error.value!r}, expected {expected}"
         ) from error
     except (dacite.DaciteError, TypeError, ValueError) as error:
         raise ValueError(f"{prefix}{str(error).removeprefix(prefix)}") from error

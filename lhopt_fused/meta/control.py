@@ -95,7 +95,8 @@ def demonstrate(
     """
     generator = torch.Generator().manual_seed(batch.setting.seed % 2**62)
     features, targets = [], []
-    register = torch.zeros(batch.setting.runs, dtype=torch.int64)
+    device = batch.inner.scalars.device
+    register = torch.zeros(batch.setting.runs, dtype=torch.int64, device=device)
     seen = batch.advance()
     while not batch.done:
         rates = batch.inner.hyperparameters[:, _LR]
@@ -105,7 +106,7 @@ def demonstrate(
         targets.append(shifts.float())
         noise = torch.randn(len(shifts), generator=generator, dtype=torch.float64)
         moved = shifts.clone()
-        moved[:, _LR] += wander * noise
+        moved[:, _LR] += wander * noise.to(device)
         batch.act(moved, register)
         seen = batch.advance()
     return torch.stack(features, dim=1), torch.stack(targets, dim=1)

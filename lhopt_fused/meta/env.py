@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -36,7 +36,7 @@ def _action_space(space: ActionSpace) -> spaces.MultiDiscrete:
     return spaces.MultiDiscrete(np.array(space.head_sizes))
 
 
-class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[np.bool_]]):
+class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[Any]]):
     """Many inner training runs side by side, tasks of one architecture and length in each episode.
 
     An observation is the policy features of one outer step, an action one choice per head; the
@@ -54,7 +54,7 @@ class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[np.
         data_dir: for families that read files.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
     def __init__(
         self,
@@ -102,9 +102,7 @@ class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[np.
 
     def step(
         self, actions: _Choices
-    ) -> tuple[
-        _Features, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
-    ]:
+    ) -> tuple[_Features, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Decide, and do the next outer step.
 
         Raises:

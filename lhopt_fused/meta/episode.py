@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -59,7 +60,7 @@ class EpisodeBatch:
         backend: of the inner steps.
         device: where the runs are.
         data_dir: for families that read files.
-        hide: policy features that are always 0, by prefix of their name.
+        hide: policy features that are always 0, by patterns of their names.
 
     Attributes:
         outer_step: outer steps done.
@@ -106,7 +107,11 @@ class EpisodeBatch:
         self.inner.begin(apply_shifts(self.inner.hyperparameters, shifts, space.actions))
         self._described = torch.cat([tasks.describe(), shifts.float()], dim=-1)
         self._memory = FeatureState.initial((setting.runs,), device)
-        self._hidden = [i for i, name in enumerate(FEATURES) if name.startswith(hide)]
+        self._hidden = [
+            index
+            for index, name in enumerate(FEATURES)
+            if any(fnmatchcase(name, pattern) for pattern in hide)
+        ]
 
     @property
     def done(self) -> bool:
@@ -160,7 +165,7 @@ class EpisodeBatch:
         seen = self.observation
         losses = torch.stack([seen.train_loss, self.inner.loss("eval")], dim=-1)
         if self._scale is not None:
-            low, width = self._scale.split(1, dim=-1)
+            low, width = torch.split(self._scale, 1, dim=-1)
             losses = (losses - low) / width
         run = losses.new_tensor([self.setting.total_steps, self.setting.outer_steps]).log()
         own = torch.cat(

@@ -234,7 +234,7 @@ class InnerRuns:
         self.hyperparameters.copy_(apply_shifts(self.hyperparameters, shifts, actions))
         if register is None:
             return
-        for choice in register.unique().tolist():
+        for choice in torch.unique(register).tolist():
             verb, _, index = REGISTER_CHOICES[choice].partition("_")
             if verb != "keep":
                 self._use_register(verb, int(index), register == choice)

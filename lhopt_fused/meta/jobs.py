@@ -27,6 +27,7 @@ from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward
 from lhopt_fused.meta.rollout import collect, play
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.policy import FEATURES, PolicyNetwork
+from lhopt_fused.policy.network import LayerNormLSTMCell, LSTMState
 
 __all__ = [
     "Collect",
@@ -54,20 +55,31 @@ def _unpacked(module: torch.nn.Module, weights: Weights) -> None:
     module.eval()
 
 
+class ForgetfulCell(LayerNormLSTMCell):
+    """The cell with its memory taken out before every step: what is left is a feed-forward net."""
+
+    def recur(self, read: torch.Tensor, state: LSTMState) -> LSTMState:
+        """The state that would be the first."""
+        nothing = torch.zeros_like(state.h)
+        return super().recur(read, LSTMState(nothing, nothing))
+
+
 def make_network(config: MetaConfig, weights: Weights | None = None) -> PolicyNetwork:
-    """The policy network of a configuration, fresh or with weights."""
+    """The policy network of a configuration, on its device, fresh or with weights."""
     network = PolicyNetwork(config.policy.shape)
+    if not config.policy.memory:
+        network.lstm = ForgetfulCell(config.policy.hidden)
     if weights is not None:
         _unpacked(network, weights)
-    return network
+    return network.to(config.device)
 
 
 def make_critic(config: MetaConfig, weights: Weights | None = None) -> Critic:
-    """The critic of a configuration, fresh or with weights."""
+    """The critic of a configuration, on its device, fresh or with weights."""
     critic = Critic(len(FEATURES), PRIVILEGED_INPUTS, config.policy.hidden)
     if weights is not None:
         _unpacked(critic, weights)
-    return critic
+    return critic.to(config.device)
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Job:
             noise=config.noise if noise else None,
             hidden_eval=config.tasks.hidden_eval,
             baseline=config.baseline if baseline else None,
+            device=config.device,
             data_dir=self.data_dir,
             hide=config.policy.hide,
         )
@@ -115,7 +128,7 @@ class Collect(Job):
             make_critic(self.config, self.critic),
             self.version,
         )
-        return {name: tensor.numpy() for name, tensor in episodes.to_tensors().items()}
+        return {name: tensor.cpu().numpy() for name, tensor in episodes.to_tensors().items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class Demonstrate(Job):
     def __call__(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         batch = self.batch(self.start, noise=True, baseline=False)
         features, targets = demonstrate(batch, self.control, self.config.cloning.wander)
-        return features.numpy(), targets.numpy()
+        return features.cpu().numpy(), targets.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ class ScoreControls(Job):
     start: Mapping[str, float]
 
     def __call__(self) -> NDArray[np.float64]:
-        tasks = sample_tasks(self.setting, "cpu", self.data_dir)
+        tasks = sample_tasks(self.setting, self.config.device, self.data_dir)
         grid = control_grid()
         losses = final_losses(
             tasks,
@@ -148,7 +161,7 @@ class ScoreControls(Job):
         )
         curve = _fit(curves(tasks, self.setting.total_steps, self.config.baseline))
         rewards = [speedup_reward(curve, row, self.setting.total_steps) for row in losses]
-        return torch.stack(rewards).mean(-1).numpy()
+        return torch.stack(rewards).mean(-1).cpu().numpy()
 
 
 class References(NamedTuple):
@@ -182,7 +195,7 @@ class FindReferences(Job):
     control: HandControl
 
     def __call__(self) -> References:
-        tasks = sample_tasks(self.setting, "cpu", self.data_dir)
+        tasks = sample_tasks(self.setting, self.config.device, self.data_dir)
         steps = self.setting.total_steps
         settings, schedules = adamw_grid()
         grid = final_losses(tasks, settings, schedules, steps)
@@ -191,7 +204,7 @@ class FindReferences(Job):
         default = grid[DEFAULT_OF_GRID]
         found = curves(tasks, steps, self.config.baseline)
         arrays = (default, grid, control, found.steps, found.losses)
-        return References(*(array.numpy() for array in arrays))
+        return References(*(array.cpu().numpy() for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ class Play(Job):
     def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         batch = self.batch(self.start, noise=False, baseline=False)
         outcome = play(batch, make_network(self.config, self.network))
-        return outcome.losses.numpy(), outcome.hyperparameters.numpy()
+        return outcome.losses.cpu().numpy(), outcome.hyperparameters.cpu().numpy()
 
 
 def _fit(found: Curves) -> PowerCurve:

@@ -75,7 +75,7 @@ def _joint_log_probability(decision: Decision, head_sizes: tuple[int, ...]) -> t
     chosen = [
         head.gather(-1, choice[:, None])
         for head, choice in zip(
-            decision.probabilities.split(list(head_sizes), dim=-1),
+            torch.split(decision.probabilities, list(head_sizes), dim=-1),
             decision.choices.unbind(-1),
             strict=True,
         )

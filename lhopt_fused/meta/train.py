@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,19 @@ __all__ = ["MetaTraining", "Update"]
 _COLLECT, _SEARCH, _DEMONSTRATE, _VALIDATE = range(4)
 _CHECKPOINT: Final = "checkpoint.pt"
 _LOG: Final = "log.jsonl"
+_STATE_KEYS: Final = {
+    "config",
+    "features",
+    "learner",
+    "acting",
+    "updates",
+    "episodes",
+    "seconds",
+    "control",
+    "best_score",
+    "best",
+    "best_report",
+}
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,17 @@ class MetaTraining:
 
     # ------------------------------------------------------------------ the run
 
-    def run(self, on_update: Callable[[Update], None] | None = None) -> Path:
+    def run(
+        self,
+        on_update: Callable[[Update], None] | None = None,
+        on_save: Callable[[], None] | None = None,
+    ) -> Path:
         """Train until the configuration's updates or minutes are used up.
 
         Args:
-            on_update: called after each update.
+            on_update: called after each update; what it raises ends the run there, and :meth:`save`
+                keeps it.
+            on_save: called after each checkpoint.
 
         Returns:
             Path of the policy file.
@@ -126,7 +146,7 @@ class MetaTraining:
         if self._progress.control is None:
             self._begin()
             self._clock(before, began)
-            self._save()
+            self._save_and_tell(on_save)
         saved = time.monotonic()
         pending: Pending[dict[str, Any]] | None = None
         while not self._over():
@@ -147,12 +167,12 @@ class MetaTraining:
             if on_update is not None:
                 on_update(update)
             if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                self._save()
+                self._save_and_tell(on_save)
                 saved = time.monotonic()
         if pending is not None:
             pending.results()
         self._validate()
-        self._save()
+        self._save_and_tell(on_save)
         return self._write_policy()
 
     def _over(self) -> bool:
@@ -327,7 +347,12 @@ class MetaTraining:
         with (self.folder / _LOG).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _save(self) -> None:
+    def _save_and_tell(self, on_save: Callable[[], None] | None) -> None:
+        self.save()
+        if on_save is not None:
+            on_save()
+
+    def save(self) -> None:
         """Write a checkpoint; the file is whole at any time."""
         progress = self._progress
         state = {
@@ -351,14 +376,17 @@ class MetaTraining:
         path = self.folder / _CHECKPOINT
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True)
+        state = _read_checkpoint(path)
         if state["features"] != FEATURES_HASH:
             raise ValueError(
                 f"{path} was written for other policy features than this version has; "
                 "begin anew in another folder, or go on with the version that wrote it"
             )
         self._check_config(path, state["config"])
-        self._learner.load_state_dict(state["learner"])
+        try:
+            self._learner.load_state_dict(state["learner"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         acting, critic = (_arrays(tensors) for tensors in state["acting"])
         self._acting = acting, critic
         control, best = state["control"], state["best"]
@@ -371,12 +399,31 @@ class MetaTraining:
             None if best is None else _arrays(best),
             state["best_report"],
         )
+        self._forget_later_updates()
+
+    def _forget_later_updates(self) -> None:
+        """Take updates out of the log that are to be done again."""
+        path = self.folder / _LOG
+        if not path.is_file():
+            return
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _update_of(line) <= self._progress.updates]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
 
     def _check_config(self, path: Path, plain: Mapping[str, Any]) -> None:
         """A run may go on for longer, or with other workers, but not with anything else."""
         free = ("updates", "minutes", "workers", "checkpoint_minutes")
         mine = {**self.config.to_plain(), **dict.fromkeys(free)}
-        theirs = {**config_from_plain(plain).to_plain(), **dict.fromkeys(free)}
+        try:
+            written = config_from_plain(plain)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} was written by a version with other configurations: {error}; begin anew "
+                "in another folder"
+            ) from error
+        theirs = {**written.to_plain(), **dict.fromkeys(free)}
         for name, value in mine.items():
             if theirs[name] != value:
                 raise ValueError(
@@ -400,10 +447,36 @@ def _padded(shown: list[tuple[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor, t
         columns.append(
             [np.pad(x, [*room, *[(0, 0)] * (x.ndim - 2)]) for x in (features, targets, mask)]
         )
-    features, targets, mask = (
-        torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)
-    )
-    return features, targets, mask
+    stacked = [torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)]
+    return stacked[0], stacked[1], stacked[2]
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What :meth:`MetaTraining.save` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is something else, or was cut short.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    found = set(state) if isinstance(state, dict) else set()
+    if found != _STATE_KEYS:
+        odd = ", ".join(sorted(map(str, found ^ _STATE_KEYS)))
+        raise ValueError(
+            f"{path} is no checkpoint of meta-training of this version: it differs in {odd}; use "
+            "another folder"
+        )
+    return dict(state)
+
+
+def _update_of(line: str) -> float:
+    """The update that a line of the log is of; infinite for a line that was cut short."""
+    try:
+        return float(json.loads(line)["update"])
+    except (ValueError, KeyError):
+        return float("inf")
 
 
 def _tensors(weights: Weights) -> dict[str, torch.Tensor]:

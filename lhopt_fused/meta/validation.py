@@ -115,7 +115,8 @@ class Validation:
                 )
             )
         table = np.concatenate([np.stack(row) for row in rows], axis=1)
-        return Report(*map(float, table.mean(1)), tasks=table.shape[1])
+        reward, control_reward, default, grid, control = table.mean(1).tolist()
+        return Report(reward, control_reward, default, grid, control, table.shape[1])
 
     def _found(self) -> list[References]:
         """References from the folder, or else from the workers."""

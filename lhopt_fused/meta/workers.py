@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
 __all__ = ["LocalWorkers", "Pending", "RayWorkers", "Workers"]
 
-_T = TypeVar("_T", covariant=True)
+_T = TypeVar("_T")
 _Job = Callable[[], _T]
+
+_MOST_TRIES: Final = 5
+_LOST: Final = (
+    f"a job lost its worker process {_MOST_TRIES} times; the processes are killed from outside, or "
+    "run out of memory: use fewer workers or smaller batches"
+)
 
 
 class Pending(Protocol[_T]):
     """Jobs that have been handed out."""
 
-    def results(self) -> list[_T]:
-        """Wait for all of them; in the order in which they were handed out."""
+    def results(self, on_result: Callable[[], None] | None = None) -> list[_T]:
+        """Wait for all of them; in the order in which they were handed out.
+
+        Args:
+            on_result: called whenever the next one in that order is there.
+
+        Raises:
+            RuntimeError: a job lost its worker again and again.
+            Exception: what a job raised.
+        """
 
 
 class Workers(Protocol):
@@ -35,52 +53,11 @@ class Workers(Protocol):
         """Stop all workers."""
 
 
-def _single_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _run(job: _Job[_T]) -> _T:
-    return job()
-
-
-class LocalWorkers:
-    """Processes on this machine, each with one thread.
-
-    A process that is killed takes only its running jobs with it: they are run again.
-
-    Args:
-        count: number of processes, at least 1.
-    """
-
-    def __init__(self, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"workers is {count}, expected at least 1")
-        self._count = count
-        self._pool = self._new_pool()
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._count, context, _single_thread)
-
-    def submit(self, job: _Job[_T]) -> Future[_T]:
-        """Hand out one job, to a new set of processes if one of them has died."""
-        try:
-            return self._pool.submit(_run, job)
-        except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = self._new_pool()
-            return self._pool.submit(_run, job)
-
-    def start(self, jobs: Iterable[_Job[_T]]) -> Pending[_T]:
-        """See :meth:`Workers.start`."""
-        return _LocalPending(self, list(jobs))
+class _Closing:
+    """Closed at the end of a ``with`` block."""
 
     def close(self) -> None:
-        """See :meth:`Workers.close`."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> LocalWorkers:
-        return self
+        raise NotImplementedError
 
     def __exit__(
         self,
@@ -91,39 +68,125 @@ class LocalWorkers:
         self.close()
 
 
-class _LocalPending(Generic[_T]):
-    _MOST_TRIES = 5
+# ---------------------------------------------------------------------- this machine
 
-    def __init__(self, workers: LocalWorkers, jobs: list[_Job[_T]]) -> None:
-        self._workers, self._jobs = workers, jobs
-        self._futures = [workers.submit(job) for job in jobs]
 
-    def results(self) -> list[_T]:
-        return [self._result(index) for index in range(len(self._jobs))]
+def _begin_process() -> None:
+    """One thread; Ctrl-C is for the parent to see; and no life after the parent's."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def _result(self, index: int) -> _T:
-        for _ in range(self._MOST_TRIES):
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(job: _Job[_T]) -> _T:
+    return job()
+
+
+class _Process:
+    """One process that runs one job at a time; another one after it has died."""
+
+    def __init__(self) -> None:
+        self._executor = self._new()
+
+    @staticmethod
+    def _new() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_process)
+
+    def run(self, job: _Job[_T]) -> _T:
+        for left in reversed(range(_MOST_TRIES)):
             try:
-                return self._futures[index].result()
-            except BrokenProcessPool:
-                self._futures[index] = self._workers.submit(self._jobs[index])
-        raise RuntimeError(
-            f"a job lost its worker process {self._MOST_TRIES} times; the processes are killed "
-            "from outside, or run out of memory: use fewer workers or smaller batches"
-        )
+                return self._executor.submit(_run, job).result()
+            except BrokenProcessPool as error:
+                self._executor.shutdown(wait=False)
+                self._executor = self._new()
+                if not left:
+                    raise RuntimeError(_LOST) from error
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
 
 
-class RayWorkers:
-    """Workers of a Ray cluster, one core and one thread a job; Ray runs lost jobs again.
+class LocalWorkers(_Closing):
+    """Processes on this machine, each with one thread.
+
+    A process that is killed takes only its running job with it, which is run again.
 
     Args:
-        address: of the cluster as ``ray.init`` takes it; None starts or finds one.
+        count: number of processes, at least 1.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"workers is {count}, expected at least 1")
+        self._processes: list[_Process] = []
+        self._own = threading.local()  # of each thread, its process
+        self._threads = ThreadPoolExecutor(count, initializer=self._begin_thread)
+
+    def __enter__(self) -> LocalWorkers:
+        return self
+
+    def _begin_thread(self) -> None:
+        self._own.process = _Process()
+        self._processes.append(self._own.process)
+
+    def _run_elsewhere(self, job: _Job[_T]) -> _T:
+        process: _Process = self._own.process
+        return process.run(job)
+
+    def start(self, jobs: Iterable[_Job[_T]]) -> Pending[_T]:
+        """See :meth:`Workers.start`."""
+        return _LocalPending([self._threads.submit(self._run_elsewhere, job) for job in jobs])
+
+    def close(self) -> None:
+        """See :meth:`Workers.close`; waits for the running jobs and leaves out the others."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.close()
+
+
+class _LocalPending(Generic[_T]):
+    def __init__(self, futures: list[Future[_T]]) -> None:
+        self._futures = futures
+
+    def results(self, on_result: Callable[[], None] | None = None) -> list[_T]:
+        return _in_order((future.result for future in self._futures), on_result)
+
+
+def _in_order(waits: Iterable[Callable[[], _T]], on_result: Callable[[], None] | None) -> list[_T]:
+    found = []
+    for wait in waits:
+        found.append(wait())
+        if on_result is not None:
+            on_result()
+    return found
+
+
+# ---------------------------------------------------------------------- a cluster
+
+
+class RayWorkers(_Closing):
+    """Workers of a Ray cluster, one core and one thread a job.
+
+    A worker or a machine that dies takes only its running jobs with it: Ray runs them again.
+
+    Args:
+        address: of the cluster as ``ray.init`` takes it; None starts one on this machine.
+        gpus: share of a GPU that a job needs.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
+        ConnectionError: there is no cluster at the address.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, gpus: float = 0.0) -> None:
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -133,7 +196,12 @@ class RayWorkers:
         self._ray: Any = ray
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
-        self._remote: Any = ray.remote(num_cpus=1, max_retries=-1)(_run_alone)
+        self._remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_MOST_TRIES - 1)(
+            _run_single_thread
+        )
+
+    def __enter__(self) -> RayWorkers:
+        return self
 
     def start(self, jobs: Iterable[_Job[_T]]) -> Pending[_T]:
         """See :meth:`Workers.start`."""
@@ -144,8 +212,8 @@ class RayWorkers:
         self._ray.shutdown()
 
 
-def _run_alone(job: _Job[_T]) -> _T:
-    _single_thread()
+def _run_single_thread(job: _Job[_T]) -> _T:
+    torch.set_num_threads(1)
     return job()
 
 
@@ -153,5 +221,9 @@ class _RayPending(Generic[_T]):
     def __init__(self, ray: Any, references: list[Any]) -> None:
         self._ray, self._references = ray, references
 
-    def results(self) -> list[_T]:
-        return list(self._ray.get(self._references))
+    def results(self, on_result: Callable[[], None] | None = None) -> list[_T]:
+        waits = (partial(self._ray.get, reference) for reference in self._references)
+        try:
+            return _in_order(waits, on_result)
+        except self._ray.exceptions.WorkerCrashedError as error:
+            raise RuntimeError(_LOST) from error
