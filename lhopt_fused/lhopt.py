@@ -81,6 +81,7 @@ class LHOPT(CIAO):
         ValueError: ``total_steps`` or ``outer_steps`` do not fit, or the policy needs registers.
         RegisterFileError: ``register_folder`` cannot be written to.
         PolicyFileError, FileNotFoundError: there is no such policy, or the file is not one.
+        TypeError: ``policy``, ``eval_fn`` or ``callback`` is something else.
     """
 
     _carried_keys = (*CIAO._carried_keys, _STATE_KEY)
@@ -102,6 +103,11 @@ class LHOPT(CIAO):
         **start: Any,
     ) -> None:
         self.policy = load_policy(policy) if isinstance(policy, str | os.PathLike) else policy
+        if not hasattr(self.policy, "start_run"):
+            raise TypeError(f"policy must be a name, a path or a Policy, got {policy!r}")
+        for name, function in (("eval_fn", eval_fn), ("callback", callback)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {function!r}")
         self.total_steps, self.outer_steps = _check_steps(total_steps, outer_steps)
         if self.policy.action_space.registers and restart_registers != REGISTERS:
             raise ValueError(
@@ -137,12 +143,16 @@ class LHOPT(CIAO):
 
         Raises:
             ValueError: a tensor with more than one element.
+            TypeError: something that is no number. Neither loss has been taken then.
         """
         sums = self._loss_sums()
-        for index, loss in enumerate((train_loss, eval_loss)):
-            if loss is None:
+        numbers = [
+            None if loss is None else _one_number(loss, sums.device)
+            for loss in (train_loss, eval_loss)
+        ]
+        for index, number in enumerate(numbers):
+            if number is None:
                 continue
-            number = _one_number(loss, sums.device)
             if sums.device.type == "cpu":  # a few microseconds, where small tensors cost 100
                 held = sums.numpy()
                 held[index] = held.item(index) + float(number)
@@ -222,10 +232,11 @@ class LHOPT(CIAO):
         """Move every group's hyperparameters; all or none."""
         shifts = np.asarray(decision.shifts, dtype=np.float64).tolist()
         learning_rates = [float(group["lr"]) for group in self.param_groups]
-        if shifts[_LR] != 0 and self._left_lr and learning_rates != self._left_lr:
+        left = self._left_lr  # groups may have been added since
+        if shifts[_LR] != 0 and learning_rates[: len(left)] != left:
             raise RuntimeError(
                 f"lr was set to {learning_rates} after the policy {self.policy.name!r} left it at "
-                f"{self._left_lr}: a learning-rate scheduler and a policy cannot both move it. "
+                f"{left}: a learning-rate scheduler and a policy cannot both move it. "
                 'Remove the scheduler, or use a policy that leaves lr alone (policy="fixed")'
             )
         first = self._hyperparameters(self.param_groups[0])
@@ -415,6 +426,8 @@ def _check_steps(total_steps: int, outer_steps: int | None) -> tuple[int, int]:
 
 def _one_number(loss: Loss, device: torch.device) -> float | torch.Tensor:
     if not isinstance(loss, torch.Tensor):
+        if isinstance(loss, str) or not hasattr(loss, "__float__"):
+            raise TypeError(f"a loss must be one number or a tensor, got {type(loss).__name__}")
         return float(loss)
     if loss.numel() != 1:
         raise ValueError(

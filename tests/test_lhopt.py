@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import make_params, set_grads
+from cases import device_of, make_params, set_grads, with_triton
 
 from lhopt_fused import CIAO, LHOPT
 from lhopt_fused.actions import ACTIONS, ActionSpace
@@ -114,8 +118,47 @@ def test_losses_are_means_of_what_was_observed() -> None:
         optimizer.step()
     assert math.isnan(optimizer.history[1].train_loss)
     assert optimizer.history[1].eval_loss is None
-    with pytest.raises(ValueError, match="a loss must be one number"):
-        optimizer.observe(train_loss=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (torch.zeros(2), ValueError, r"one number, got a tensor of shape \(2,\); reduce it first"),
+        (torch.zeros(0), ValueError, r"one number, got a tensor of shape \(0,\)"),
+        ("1.5", TypeError, "a loss must be one number or a tensor, got str"),
+        ([1.5], TypeError, "a loss must be one number or a tensor, got list"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss: Any, error: type[Exception], message: str) -> None:
+    params = make_params(shapes=[(3, 3)])
+    optimizer = LHOPT(params, 2, outer_steps=2)
+    for losses in ({"train_loss": loss}, {"train_loss": 1.0, "eval_loss": loss}):
+        with pytest.raises(error, match=message):
+            optimizer.observe(**losses)
+    set_grads(params, 0)
+    optimizer.step()
+    assert math.isnan(optimizer.history[0].train_loss), "half of what was refused has been taken"
+
+
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        lambda x: x,
+        np.float32,
+        torch.tensor,
+        lambda x: torch.tensor([[x]], dtype=torch.bfloat16),
+        lambda x: torch.tensor(x, requires_grad=True) * 1.0,
+        *([lambda x: torch.tensor(x, device="cuda")] if torch.cuda.is_available() else []),
+    ],
+)
+@pytest.mark.parametrize("loss", [2.5, math.nan, math.inf, -math.inf])
+def test_losses_may_come_as_they_are(make_loss: Any, loss: float) -> None:
+    params = make_params(shapes=[(3, 3)])
+    optimizer = LHOPT(params, 2, outer_steps=2)
+    set_grads(params, 0)
+    optimizer.observe(train_loss=make_loss(loss), eval_loss=make_loss(loss))
+    optimizer.step()
+    assert same([optimizer.history[0].train_loss, optimizer.history[0].eval_loss], [loss, loss])
 
 
 def test_eval_fn_and_closure_are_observed() -> None:
@@ -140,15 +183,52 @@ def test_eval_fn_and_closure_are_observed() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, -1.0, 0.0])
-def test_strange_losses_do_not_break_the_policy(loss: float) -> None:
+def test_strange_losses_do_not_break_policy_or_registers(loss: float) -> None:
     params = make_params()
-    optimizer = LHOPT(params, 12, outer_steps=6, policy=random_policy())
-    for step in range(12):
+    policy = random_policy(3, registers=True)
+    optimizer = LHOPT(params, 24, outer_steps=24, policy=policy, sample=True, restart_registers=3)
+    for step in range(24):
         set_grads(params, step)
         optimizer.observe(train_loss=loss, eval_loss=loss)
         optimizer.step()
     for step_record in optimizer.history:
         assert all(math.isfinite(value) for value in step_record.hyperparameters.values())
+    used = [seen for seen in optimizer.registers.losses if not same(seen, math.nan)]
+    assert {step.register.split("_")[0] for step in optimizer.history} > {"save", "swap"}
+    assert all(same(seen, loss) for seen in used)
+    assert all(bool(p.isfinite().all()) for p in params)
+
+
+def test_an_outer_step_without_one_good_gradient_is_survived() -> None:
+    params = make_params()
+    optimizer = LHOPT(params, 12, outer_steps=6, policy=random_policy())
+
+    def train() -> None:
+        for step in range(12):
+            set_grads(params, step)
+            if step < 6:
+                params[0].grad[0] = math.nan
+            optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match="NaN or inf"):
+        train()
+    assert optimizer.skipped_steps == 6
+    for step_record in optimizer.history:
+        assert all(math.isfinite(value) for value in step_record.hyperparameters.values())
+    assert all(bool(p.isfinite().all()) for p in params)
+
+
+def test_groups_may_join_in_the_middle_of_a_run() -> None:
+    """Which is no learning-rate scheduler at work."""
+    params = make_params()
+    optimizer = LHOPT(params[:1], 12, outer_steps=6, policy="cosine")
+    run(optimizer, params[:1], 0, 6)
+    optimizer.add_param_group({"params": params[1:], "lr": 0.01})
+    run(optimizer, params, 6, 10)
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    shift = sum(step.shifts["lr"] for step in optimizer.history if step.inner_step > 6)
+    assert second == pytest.approx(0.01 * math.exp(shift))
+    assert first == pytest.approx(1e-3 * (1 + math.cos(math.pi * 10 / 12)) / 2)
 
 
 def test_a_scheduler_and_a_policy_cannot_both_move_lr() -> None:
@@ -195,6 +275,11 @@ def test_after_the_last_step_the_policy_rests() -> None:
         ({"total_steps": 4, "outer_steps": 0}, ValueError, "outer_steps must be"),
         ({"total_steps": 4, "policy": "magic"}, FileNotFoundError, "there is no policy 'magic'"),
         ({"total_steps": 4, "lr": -1.0}, ValueError, "lr must be a number"),
+        ({"total_steps": 4, "seed": -1}, ValueError, "seed is -1, expected 0 to"),
+        ({"total_steps": 4, "policy": 3}, TypeError, "policy must be a name, a path or a Policy"),
+        ({"total_steps": 4, "eval_fn": 1.5}, TypeError, "eval_fn must be a function, got 1.5"),
+        ({"total_steps": 4, "callback": []}, TypeError, "callback must be a function"),
+        ({"total_steps": 4, "restart_registers": -1}, ValueError, "restart_registers must be"),
         (
             {"total_steps": 4, "policy": random_policy(registers=True)},
             ValueError,
@@ -263,11 +348,18 @@ def test_a_policy_uses_registers() -> None:
 # ---------------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize("draw", range(20))
-def test_resumes_bit_identically_wherever_it_is_saved(tmp_path: Path, draw: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "draw"),
+    [
+        *((("reference", "cpu")[draw % 2], draw) for draw in range(20)),
+        *(case for draw in range(20, 25) for case in with_triton(draw)),
+    ],
+)
+def test_resumes_bit_identically_wherever_it_is_saved(
+    tmp_path: Path, backend: str, draw: int
+) -> None:
     chance = random.Random(draw)
     saved_at = chance.randrange(1, 30)
-    backend = chance.choice(["reference", "cpu"])
     dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16])
     registers = chance.random() < 0.5
     keywords: dict[str, Any] = {
@@ -282,7 +374,7 @@ def test_resumes_bit_identically_wherever_it_is_saved(tmp_path: Path, draw: int)
         "backend": backend,
         "register_folder": tmp_path if registers and chance.random() < 0.5 else None,
     }
-    params = make_params(dtype)
+    params = make_params(dtype, device=device_of(backend))
     optimizer = LHOPT(params, 30, **keywords)
     run(optimizer, params, 0, saved_at)
     torch.save((params, optimizer.state_dict()), tmp_path / "run.pt")
@@ -294,6 +386,42 @@ def test_resumes_bit_identically_wherever_it_is_saved(tmp_path: Path, draw: int)
     run(resumed, loaded, saved_at, 30)
     assert all(torch.equal(p, q) for p, q in zip(params, loaded, strict=True))
     assert same(optimizer.history, resumed.history)
+
+
+RESUME = """
+import sys, torch
+from cases import make_params, set_grads
+from policy.samples import random_policy
+from lhopt_fused import LHOPT
+
+stop, last, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+params, saved = torch.load(path, weights_only=True) if stop else (make_params(), None)
+policy = random_policy(0)
+optimizer = LHOPT(params, 20, outer_steps=5, policy=policy, sample=True, restart_registers=3)
+if saved:
+    optimizer.load_state_dict(saved)
+for step in range(stop, last):
+    set_grads(params, step)
+    optimizer.observe(train_loss=2.0 / (step + 1))
+    optimizer.step()
+torch.save((params, optimizer.state_dict()), path)
+"""
+
+
+def test_resumes_in_a_new_process(tmp_path: Path) -> None:
+    def go(name: str, *stops: int) -> Any:
+        path = tmp_path / name
+        for first, last in itertools.pairwise(stops):
+            words = [sys.executable, "-c", RESUME, str(first), str(last), str(path)]
+            folders = [str(Path(__file__).parent), *sys.path]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+            subprocess.run(words, check=True, env=environment)
+        return torch.load(path, weights_only=True)
+
+    (params, state), (resumed, other) = go("whole", 0, 20), go("stopped", 0, 7, 20)
+    assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
+    assert same(state["lhopt"]["history"], other["lhopt"]["history"])
+    assert len(state["lhopt"]["history"]) == 5
 
 
 def through_torch(saved_of: LHOPT, model: torch.nn.Module, into: LHOPT, other: Any) -> None:
