@@ -84,16 +84,19 @@ GroupOptions MakeGroup(int denominator, int weight_decay, int clip, int trust,
           maximize};
 }
 
-TensorSpec MakeTensor(uintptr_t param, int dtype, int64_t size, uintptr_t exp_avg,
-                      uintptr_t exp_avg_sq, std::optional<uintptr_t> grad_signs, int group,
-                      bool is_vector) {
+TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> master, int64_t size,
+                      uintptr_t exp_avg, uintptr_t exp_avg_sq, std::optional<uintptr_t> grad_signs,
+                      int group, bool is_vector) {
   Require(size >= 0, "size is negative");
   Require(size == 0 || (param != 0 && exp_avg != 0 && exp_avg_sq != 0),
           "param, exp_avg or exp_avg_sq is a null pointer");
   Require(size == 0 || grad_signs != uintptr_t{0}, "grad_signs is a null pointer");
+  Require(size == 0 || master != uintptr_t{0}, "master is a null pointer");
   const DType param_dtype = Checked<DType>(dtype, kNumDTypes, Named("dtype"));
   CheckElementAlignment(param, param_dtype, Named("param"));
+  Require(!master || param_dtype != DType::kFloat32, "a float32 parameter needs no master");
   return {reinterpret_cast<void*>(param),
+          Pointer<float>(master.value_or(0), "master"),
           Pointer<float>(exp_avg, "exp_avg"),
           Pointer<float>(exp_avg_sq, "exp_avg_sq"),
           reinterpret_cast<uint8_t*>(grad_signs.value_or(0)),
@@ -178,7 +181,8 @@ class PyStep {
  public:
   PyStep(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
          std::vector<int32_t> run_of, size_t num_runs, uintptr_t scalars, uintptr_t group_state,
-         uintptr_t tensor_state, uintptr_t skipped_steps, bool masks_nonfinite) {
+         uintptr_t tensor_state, uintptr_t skipped_steps, bool masks_nonfinite,
+         std::optional<uint64_t> rounding_seed) {
     CheckRuns(run_of, groups.size(), num_runs);
     for (size_t i = 0; i < tensors.size(); ++i) {
       CheckIndex(
@@ -195,7 +199,7 @@ class PyStep {
     gradients_.resize(tensors.size());
     step_ = std::make_unique<Step>(std::move(tensors), std::move(groups), std::move(run_of),
                                    static_cast<int32_t>(num_runs), tables, masks_nonfinite,
-                                   ActiveKernels());
+                                   rounding_seed, ActiveKernels());
   }
 
   // `grads`: torch tensors that fit the parameters, or None; `dtypes`: their codes, or kNoGradient.
@@ -295,14 +299,15 @@ void BindStep(py::module_& m) {
            py::arg("trust_norm_ema"), py::arg("radam_warmup"), py::arg("maximize"));
   py::class_<TensorSpec>(m, "TensorSpec", "Addresses of one tensor's arrays.")
       .def(py::init(&MakeTensor), py::kw_only(), py::arg("param"), py::arg("dtype"),
-           py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("grad_signs"),
-           py::arg("group"), py::arg("is_vector"));
+           py::arg("master"), py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+           py::arg("grad_signs"), py::arg("group"), py::arg("is_vector"));
   py::class_<PyStep>(m, "Step", "One optimizer step over all tensors of all groups.")
-      .def(py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, std::vector<int32_t>,
-                    size_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool>(),
-           py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("run_of"),
-           py::arg("num_runs"), py::arg("scalars"), py::arg("group_state"), py::arg("tensor_state"),
-           py::arg("skipped_steps"), py::arg("masks_nonfinite"))
+      .def(
+          py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, std::vector<int32_t>, size_t,
+                   uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool, std::optional<uint64_t>>(),
+          py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("run_of"),
+          py::arg("num_runs"), py::arg("scalars"), py::arg("group_state"), py::arg("tensor_state"),
+          py::arg("skipped_steps"), py::arg("masks_nonfinite"), py::arg("rounding_seed"))
       .def("set_gradients", &PyStep::SetGradients, py::arg("grads"), py::arg("dtypes"))
       .def("has_gradients", &PyStep::HasGradients, py::arg("grads"))
       .def("run", &PyStep::Run, py::arg("statistics"), py::arg("num_threads"))

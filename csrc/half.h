@@ -70,6 +70,31 @@ inline void FromFloat(float x, Float16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+// One of the two numbers of a 16-bit format around x, the farther one as often as x is near it;
+// `word` is random. What lies beyond the largest number, or is none, stays as it is.
+inline float Neighbour(float x, uint32_t, float) { return x; }
+
+inline float Neighbour(float x, uint32_t word, BFloat16) {
+  constexpr uint32_t kLargest = 0x7f7f0000u;
+  const uint32_t bits = BitsOf(x);
+  const uint32_t rounded = (bits + (word >> 16)) & 0xffff0000u;
+  return FloatFromBits((bits & 0x7fffffffu) <= kLargest ? rounded : bits);
+}
+
+inline float Neighbour(float x, uint32_t word, Float16) {
+  constexpr uint32_t kLargest = 0x477fe000u, kSmallestNormal = 0x38800000u;
+  const uint32_t bits = BitsOf(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (bits + (word >> 19)) & 0xffffe000u;
+  // Below the normal numbers lie the multiples of 2^-24.
+  const float multiple = FloatFromBits(magnitude < kSmallestNormal ? magnitude : 0) * 0x1p24f;
+  const float below = static_cast<float>(static_cast<int32_t>(multiple));
+  const float chance = static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;
+  const float nearer = (below + (chance < multiple - below ? 1.0f : 0.0f)) * 0x1p-24f;
+  const uint32_t subnormal = BitsOf(nearer) | (bits & 0x80000000u);
+  const uint32_t rounded = magnitude < kSmallestNormal ? subnormal : normal;
+  return FloatFromBits(magnitude <= kLargest ? rounded : bits);
+}
+
 inline bool IsFinite(float x) { return (BitsOf(x) & 0x7f800000u) != 0x7f800000u; }
 inline bool IsFinite(BFloat16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
 inline bool IsFinite(Float16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "rounding.h"
+
 namespace lhopt {
 
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
@@ -91,6 +93,13 @@ using SumOfSquaresKernel = double (*)(const void* grad, int64_t size, float scal
 // Any size. Packs scale g < 0 into bits (element i is bit i % 8 of byte i / 8) and returns how many
 // bits stayed as they were.
 using PackSignsKernel = int64_t (*)(const void* grad, int64_t size, float scale, uint8_t* bits);
+// Any size. To float32, and from there to the nearest number.
+using WidenKernel = void (*)(const void* from, int64_t size, float* to);
+using NarrowKernel = void (*)(const float* from, int64_t size, void* to);
+// Any size. To one of the two nearest numbers at random, the first element being number `element`
+// of those with these keys. Returns the sum of squares of what is stored.
+using NarrowRandomlyKernel = double (*)(const float* from, int64_t size, const RandomKeys& keys,
+                                        uint32_t element, void* to);
 
 struct Kernels {
   const char* name;
@@ -101,6 +110,9 @@ struct Kernels {
   UpdateKernel apply[kNumDTypes][kNumDenominators];
   SumOfSquaresKernel sum_of_squares[kNumDTypes];
   PackSignsKernel pack_signs[kNumDTypes];
+  WidenKernel widen[kNumDTypes];
+  NarrowKernel narrow[kNumDTypes];
+  NarrowRandomlyKernel narrow_randomly[kNumDTypes];
 };
 
 extern const Kernels kScalarKernels;

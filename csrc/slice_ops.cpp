@@ -209,6 +209,30 @@ void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice
   });
 }
 
+void ForWidenedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                      const Randomness& random, int64_t begin, bool stores, Sums& sums,
+                      const std::function<void(const Variant&, const Slice&)>& operation) {
+  const auto dtype = static_cast<int>(variant.param);
+  Variant widened_variant = variant;
+  widened_variant.param = DType::kFloat32;
+  for (int64_t at = 0; at < slice.size; at += kGatherBlock) {
+    const int64_t size = std::min(kGatherBlock, slice.size - at);
+    const Slice block = SubSlice(slice, variant, at, size);
+    float weights[kGatherBlock];
+    kernels.widen[dtype](block.param, size, weights);
+    Slice widened = block;
+    widened.param = weights;
+    const double sum_before = sums.new_param_sq;
+    operation(widened_variant, widened);
+    if (!stores) continue;
+    const auto element = static_cast<uint64_t>(begin + at);
+    const RandomKeys keys = KeysOf(random, static_cast<uint32_t>(element >> 32));
+    sums.new_param_sq =
+        sum_before + kernels.narrow_randomly[dtype](weights, size, keys,
+                                                    static_cast<uint32_t>(element), block.param);
+  }
+}
+
 int64_t UpdateSigns(const Kernels& kernels, DType dtype, bool masked, const void* grad,
                     int64_t size, float scale, uint8_t* bits) {
   if (!masked) return kernels.pack_signs[static_cast<int>(dtype)](grad, size, scale, bits);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "kernels.h"
 
@@ -37,6 +38,14 @@ void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass,
                       const Coefficients& coefficients, Sums& sums);
 void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
                      const Coefficients& coefficients, Sums& sums);
+
+// Calls `operation` with blocks of the slice whose parameters are float32 copies. Where it has
+// stepped them, `stores` says, they are rounded at random, and `sums.new_param_sq` is of the
+// result. The slice begins at element `begin` of its tensor, a multiple of every power of two up to
+// 4,096.
+void ForWidenedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                      const Randomness& random, int64_t begin, bool stores, Sums& sums,
+                      const std::function<void(const Variant&, const Slice&)>& operation);
 
 // Replaces the stored gradient signs and returns how many stayed the same. With `masked`, gradients
 // that are not finite are stored as not negative and do not count.

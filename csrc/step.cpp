@@ -39,12 +39,13 @@ int64_t ChunkSize(int64_t elements) {
 
 Step::Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
            std::vector<int32_t> run_of, int32_t num_runs, const Tables& tables,
-           bool masks_nonfinite, const Kernels& kernels)
+           bool masks_nonfinite, std::optional<uint64_t> rounding_seed, const Kernels& kernels)
     : specs_(std::move(tensors)),
       groups_(std::move(groups)),
       run_of_(std::move(run_of)),
       tables_(tables),
       masks_nonfinite_(masks_nonfinite),
+      rounding_seed_(rounding_seed),
       kernels_(kernels),
       tensors_(new Tensor[specs_.size()]),
       group_sum_sq_(groups_.size()),
@@ -176,7 +177,8 @@ Slice Step::SliceOf(const Chunk& chunk) const {
   const auto at = [&](const void* data, DType dtype) {
     return static_cast<const char*>(data) + chunk.begin * kDTypeSize[static_cast<int>(dtype)];
   };
-  return {const_cast<char*>(at(spec.param, spec.dtype)),
+  const void* const weights = spec.master != nullptr ? spec.master : spec.param;
+  return {const_cast<char*>(at(weights, WeightsType(chunk.tensor))),
           at(tensor.gradient.data, tensor.gradient.dtype), spec.exp_avg + chunk.begin,
           spec.exp_avg_sq + chunk.begin, chunk.size};
 }
@@ -207,7 +209,7 @@ void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
     Tensor& tensor = tensors_[t];
     tensor.gradient = gradients[t];
     tensor.first_step = StateOf(t)[kStep] == 0;
-    tensor.variant = {specs_[t].dtype, tensor.gradient.dtype, OptionsOf(t).denominator,
+    tensor.variant = {WeightsType(t), tensor.gradient.dtype, OptionsOf(t).denominator,
                       statistics != nullptr};
     tensor.chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
     tensor.apply_chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
@@ -339,6 +341,28 @@ void Step::SetStepSize(int32_t t, double trust) {
 
 // ---- Moments, and the parameters where the step size is known ----
 
+// Runs `operation` on the numbers that are stepped; `stores` says whether it changes them.
+template <class Operation>
+void Step::StepWeights(int32_t index, bool stores, const Operation& operation) {
+  const Chunk& chunk = chunks_[index];
+  const TensorSpec& spec = specs_[chunk.tensor];
+  const Variant& variant = tensors_[chunk.tensor].variant;
+  const Slice slice = SliceOf(chunk);
+  if (rounding_seed_ && variant.param != DType::kFloat32) {
+    const auto step = static_cast<uint32_t>(StateOf(chunk.tensor)[kStep]);
+    const Randomness random{*rounding_seed_, static_cast<uint32_t>(chunk.tensor), step};
+    ForWidenedBlocks(kernels_, variant, slice, random, chunk.begin, stores, sums_[index],
+                     operation);
+  } else {
+    operation(variant, slice);
+  }
+  if (stores && spec.master != nullptr) {
+    const auto dtype = static_cast<int>(spec.dtype);
+    kernels_.narrow[dtype](spec.master + chunk.begin, chunk.size,
+                           static_cast<char*>(spec.param) + chunk.begin * kDTypeSize[dtype]);
+  }
+}
+
 void Step::RunMoments(int32_t index) {
   const Chunk& chunk = chunks_[index];
   Tensor& tensor = tensors_[chunk.tensor];
@@ -353,7 +377,9 @@ void Step::RunMoments(int32_t index) {
                     : UsesTrust(chunk.tensor)              ? Pass::kWithNorms
                                                            : Pass::kPlain;
   const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
-  update(kernels_, tensor.variant, pass, slice, tensor.coefficients, sums);
+  StepWeights(index, pass != Pass::kMomentsOnly, [&](const Variant& variant, const Slice& part) {
+    update(kernels_, variant, pass, part, tensor.coefficients, sums);
+  });
   const TensorSpec& spec = specs_[chunk.tensor];
   if (spec.keeps_signs) {
     sums.count_same_sign_grad = static_cast<double>(
@@ -421,7 +447,9 @@ void Step::RunApply(int32_t index) {
     SpinUntil([&] { return tensor.step_size_known.load(std::memory_order_acquire); });
   }
   const auto apply = gradient_sums_[index].nonfinite ? ApplyFiniteOnly : ApplySlice;
-  apply(kernels_, tensor.variant, SliceOf(chunk), tensor.coefficients, sums_[index]);
+  StepWeights(index, true, [&](const Variant& variant, const Slice& part) {
+    apply(kernels_, variant, part, tensor.coefficients, sums_[index]);
+  });
   if (tensor.apply_chunks_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
     FinishApply(chunk.tensor);
   }

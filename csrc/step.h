@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "rules.h"
@@ -27,6 +28,7 @@ namespace lhopt {
 
 struct TensorSpec {
   void* param;
+  float* master;  // what is stepped in place of the parameter, which becomes its copy; or null
   float* exp_avg;
   float* exp_avg_sq;
   uint8_t* grad_signs;
@@ -53,10 +55,11 @@ struct Gradient {
 
 class Step {
  public:
-  // `run_of`: one per group, below `num_runs`.
+  // `run_of`: one per group, below `num_runs`. `rounding_seed`: of the stochastic rounding of
+  // 16-bit parameters without a master, if any.
   Step(std::vector<TensorSpec> tensors, std::vector<GroupOptions> groups,
        std::vector<int32_t> run_of, int32_t num_runs, const Tables& tables, bool masks_nonfinite,
-       const Kernels& kernels);
+       std::optional<uint64_t> rounding_seed, const Kernels& kernels);
 
   // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. One call at a
   // time.
@@ -111,6 +114,9 @@ class Step {
   bool TakesPart(int32_t tensor) const {
     return modes_[tensor] != Mode::kAbsent && !run_skips_[RunOf(tensor)];
   }
+  DType WeightsType(int32_t tensor) const {
+    return specs_[tensor].master != nullptr ? DType::kFloat32 : specs_[tensor].dtype;
+  }
   int32_t RunOf(int32_t tensor) const { return run_of_[specs_[tensor].group]; }
   Slice SliceOf(const Chunk& chunk) const;
   const GroupOptions& OptionsOf(int32_t tensor) const { return groups_[specs_[tensor].group]; }
@@ -129,6 +135,8 @@ class Step {
   void ClipGroups();
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);
+  template <class Operation>
+  void StepWeights(int32_t chunk, bool stores, const Operation& operation);
   void RunMoments(int32_t chunk);
   void FinishMoments(int32_t tensor);
   void WriteStatistics(int32_t tensor, const Sums& sums) const;
@@ -140,6 +148,7 @@ class Step {
   const std::vector<int32_t> run_of_;  // [groups]
   const Tables tables_;
   const bool masks_nonfinite_;
+  const std::optional<uint64_t> rounding_seed_;
   const Kernels& kernels_;
 
   std::unique_ptr<Tensor[]> tensors_;

@@ -259,6 +259,43 @@ int64_t PackSigns(const void* grad, int64_t size, float scale, uint8_t* bits) {
   return size - changed;
 }
 
+template <class P>
+void Widen(const void* from, int64_t size, float* to) {
+  const P* const x = static_cast<const P*>(from);
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= size; i += Vec::kWidth) Vec::Store(to + i, Vec::Load(x + i));
+  for (; i < size; ++i) to[i] = ToFloat(x[i]);
+}
+
+template <class P>
+void Narrow(const float* from, int64_t size, void* to) {
+  P* const x = static_cast<P*>(to);
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= size; i += Vec::kWidth) Vec::Store(x + i, Vec::Load(from + i));
+  for (; i < size; ++i) FromFloat(from[i], x + i);
+}
+
+// In plain arithmetic, which the compiler turns into vectors.
+template <class P>
+double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, uint32_t element,
+                      void* to) {
+  constexpr int64_t kBlock = 256;
+  P* const out = static_cast<P*>(to);
+  double total = 0.0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t count = Smaller(kBlock, size - begin);
+    const uint32_t first = element + static_cast<uint32_t>(begin);
+    float rounded[kBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t word = RandomWord(keys, first + static_cast<uint32_t>(i));
+      rounded[i] = Neighbour(from[begin + i], word, P{});
+    }
+    Narrow<P>(rounded, count, out + begin);
+    total += SumOfSquares<P>(out + begin, count, 1.0f);
+  }
+  return total;
+}
+
 // The tables below spell out what the driver indexes; see kernels.h for the axes.
 
 #define LHOPT_UPDATE_STATISTICS(P, G, D, S)                                \
@@ -280,7 +317,10 @@ int64_t PackSigns(const void* grad, int64_t size, float scale, uint8_t* bits) {
       {LHOPT_UPDATE_PARAM(float), LHOPT_UPDATE_PARAM(BFloat16), LHOPT_UPDATE_PARAM(Float16)}, \
       {LHOPT_APPLY_PARAM(float), LHOPT_APPLY_PARAM(BFloat16), LHOPT_APPLY_PARAM(Float16)},    \
       {SumOfSquares<float>, SumOfSquares<BFloat16>, SumOfSquares<Float16>},                   \
-      {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>}}
+      {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>},                            \
+      {Widen<float>, Widen<BFloat16>, Widen<Float16>},                                        \
+      {Narrow<float>, Narrow<BFloat16>, Narrow<Float16>},                                     \
+      {NarrowRandomly<float>, NarrowRandomly<BFloat16>, NarrowRandomly<Float16>}}
 
 }  // namespace
 }  // namespace lhopt

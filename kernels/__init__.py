@@ -75,11 +75,6 @@ def get_backend(name: str, layout: StepLayout) -> StepBackend:
         case "cpu":
             from lhopt_fused.kernels.cpu import CpuBackend
 
-            if layout.rounding != "nearest" or layout.master_params is not None:
-                raise ValueError(
-                    "backend 'cpu' rounds 16-bit parameters to the nearest and keeps no master "
-                    "weights; choose backend='reference' for that"
-                )
             return CpuBackend(layout)
         case "triton":
             from lhopt_fused.kernels.triton_backend import TritonBackend

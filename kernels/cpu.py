@@ -35,9 +35,9 @@ if tuple(map(len, (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS))) != _C.TABLE
 class CpuBackend:
     """Steps all tensors of a layout in one call, with ``torch.get_num_threads()`` threads.
 
-    Parameters and gradients are float32, bfloat16 or float16, moments float32. Results do not
-    depend on the number of threads. The fastest instruction set of the processor is used unless
-    the environment variable ``LHOPT_CPU_ISA`` names another one when the backend is built.
+    Parameters and gradients are float32, bfloat16 or float16, moments and masters float32. Results
+    do not depend on the number of threads. The fastest instruction set of the processor is used
+    unless the environment variable ``LHOPT_CPU_ISA`` names another one when the backend is built.
 
     Raises:
         ValueError: a tensor has a dtype, device, size or memory order that cannot be stepped, or
@@ -49,20 +49,22 @@ class CpuBackend:
         self.layout = layout
         self._shapes = [(p.shape, p.stride()) for p in layout.params]
         self._known: list[torch.Tensor | None] | None = None
-        signs: Sequence[torch.Tensor | None] = layout.grad_signs or [None] * len(layout.params)
+        signs = _addresses(layout.grad_signs, len(layout.params))
+        masters = _addresses(layout.master_params, len(layout.params))
         self._step = _C.Step(
             tensors=[
                 _C.TensorSpec(
                     param=param.data_ptr(),
                     dtype=_DTYPE_CODES[param.dtype],
+                    master=masters[index],
                     size=param.numel(),
                     exp_avg=layout.exp_avgs[index].data_ptr(),
                     exp_avg_sq=layout.exp_avg_sqs[index].data_ptr(),
-                    grad_signs=None if sign is None else sign.data_ptr(),
+                    grad_signs=signs[index],
                     group=layout.group_of[index],
                     is_vector=layout.is_vector[index],
                 )
-                for index, (param, sign) in enumerate(zip(layout.params, signs, strict=True))
+                for index, param in enumerate(layout.params)
             ],
             groups=[_group_options(options) for options in layout.options],
             run_of=layout.run_of,
@@ -72,6 +74,11 @@ class CpuBackend:
             tensor_state=layout.tensor_state.data_ptr(),
             skipped_steps=layout.skipped_steps.data_ptr(),
             masks_nonfinite=layout.masks_nonfinite,
+            rounding_seed=(
+                layout.rounding_seed & 0xFFFF_FFFF_FFFF_FFFF
+                if layout.rounding == "stochastic"
+                else None
+            ),
         )
         self._features = _C.InnerFeatures(
             numel=[param.numel() for param in layout.params],
@@ -142,6 +149,13 @@ class CpuBackend:
         return code
 
 
+def _addresses(tensors: Sequence[torch.Tensor | None] | None, count: int) -> list[int | None]:
+    """Where each of ``count`` tensors is, None for each where there are none."""
+    if tensors is None:
+        return [None] * count
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
 def _group_options(options: StepOptions) -> _C.GroupOptions:
     return _C.GroupOptions(
         denominator=options.denominator.value,
@@ -157,16 +171,24 @@ def _group_options(options: StepOptions) -> _C.GroupOptions:
 
 def _check_layout(layout: StepLayout) -> None:
     tensors, groups = len(layout.params), len(layout.options)
-    for name in ("exp_avgs", "exp_avg_sqs", "grad_signs", "group_of", "is_vector"):
+    for name in (
+        "exp_avgs",
+        "exp_avg_sqs",
+        "master_params",
+        "grad_signs",
+        "group_of",
+        "is_vector",
+    ):
         column = getattr(layout, name)
         if column is not None and len(column) != tensors:
             raise ValueError(f"layout.{name} has {len(column)} entries for {tensors} parameters")
     for index, param in enumerate(layout.params):
         _check_dtype(param, f"parameter {index}")
-        for name in ("exp_avgs", "exp_avg_sqs"):
-            moment = getattr(layout, name)[index]
-            _check_tensor(moment, torch.float32, param.shape, f"{name}[{index}]")
-            _check_same_memory_order(moment, param, f"{name}[{index}]")
+        for name in ("exp_avgs", "exp_avg_sqs", "master_params"):
+            column = getattr(layout, name)
+            if column is not None and column[index] is not None:
+                _check_tensor(column[index], torch.float32, param.shape, f"{name}[{index}]")
+                _check_same_memory_order(column[index], param, f"{name}[{index}]")
         if layout.grad_signs is not None:
             size = (-(-param.numel() // 8),)
             _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")

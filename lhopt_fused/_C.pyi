@@ -37,6 +37,7 @@ class TensorSpec:
         *,
         param: int,
         dtype: int,
+        master: int | None,
         size: int,
         exp_avg: int,
         exp_avg_sq: int,
@@ -59,6 +60,7 @@ class Step:
         tensor_state: int,
         skipped_steps: int,
         masks_nonfinite: bool,
+        rounding_seed: int | None,
     ) -> None: ...
     def set_gradients(self, grads: Sequence[object], dtypes: Sequence[int]) -> None: ...
     def has_gradients(self, grads: Sequence[object]) -> bool: ...

@@ -20,6 +20,7 @@ from lhopt_fused import _C
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels.cpu import CpuBackend
 from lhopt_fused.kernels.reference import ReferenceBackend, is_negative_bits
+from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
     GROUP_STATE,
     SCALARS,
@@ -193,6 +194,11 @@ def check(
             for x, y in zip(getattr(layout, name), getattr(expected, name), strict=True):
                 largest = y.abs().max() if name != "params" and y.numel() else 0.0
                 assert_close(x, y, TRAJECTORY[dtype], max(scale, largest))
+        if layout.master_params is not None and expected.master_params is not None:
+            for x, y in zip(layout.master_params, expected.master_params, strict=True):
+                assert x is not None
+                assert y is not None
+                assert_close(x, y, TRAJECTORY[torch.float32], scale)
         for name in ("group_state", "tensor_state"):
             y = getattr(expected, name)
             assert_close(getattr(layout, name), y, TRAJECTORY[dtype], y.abs().clamp_min(1e-2))
@@ -274,6 +280,46 @@ def test_rounds_as_torch_does(isa: str, dtype: torch.dtype) -> None:
     CpuBackend(layout).step([torch.zeros(numbers.shape)])
     decayed = (numbers.float() * torch.tensor(1 - START["weight_decay"])).to(dtype)
     torch.testing.assert_close(layout.params[0], decayed, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**40 + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_at_random_as_defined(isa: str, dtype: torch.dtype, seed: int) -> None:
+    """All finite numbers, times 1 - lr weight_decay, in two tensors and two steps."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = every[~every.isinf()]
+    layout = make_layout(
+        StepOptions(), shapes=((3,), numbers.shape), dtype=dtype, groups=1, lr=1.0
+    )
+    layout.params[1].copy_(numbers)
+    layout = replace(layout, grad_signs=None, rounding="stochastic", rounding_seed=seed)
+    backend = CpuBackend(layout)
+    positions = torch.arange(len(numbers))
+    for step in (1, 2):
+        before = layout.params[1].float()
+        backend.step([torch.zeros(p.shape) for p in layout.params])
+        decayed = before * torch.tensor(1 - START["weight_decay"])
+        expected = round_stochastically(decayed, random_words(seed, 1, step, positions), dtype)
+        assert torch.equal(layout.params[1].nan_to_num(7.0), expected.nan_to_num(7.0))
+        other = round_stochastically(decayed, random_words(seed, 1, step + 1, positions), dtype)
+        assert not torch.equal(layout.params[1].nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("way", ["stochastic", "master"])
+@pytest.mark.parametrize("options", [OPTIONS[0], LHOPT, OPTIONS[5]], ids=describe)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_follows_the_reference_in_16_bits(
+    isa: str, dtype: torch.dtype, options: StepOptions, way: str
+) -> None:
+    layout = make_layout(options, LARGE, dtype, masks=True)
+    if way == "master":
+        layout.master_params = [p.float() for p in layout.params]
+    else:
+        layout = replace(layout, rounding="stochastic", rounding_seed=5)
+    check(layout, steps=10, change=spoil)
+    if layout.master_params is not None:
+        copies = [x.to(dtype) for x in layout.master_params if x is not None]
+        assert all(map(torch.equal, layout.params, copies))
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], LHOPT, OPTIONS[5]], ids=describe)
@@ -519,6 +565,9 @@ def test_refuses_dtypes(spoiled: dict[str, torch.dtype], message: str) -> None:
         ("exp_avg_sqs", [torch.zeros(4)], r"exp_avg_sqs\[0\] must be torch.float32 \[3\]"),
         ("exp_avg_sqs", [], "layout.exp_avg_sqs has 0 entries for 1 parameters"),
         ("grad_signs", [torch.zeros(3, dtype=torch.uint8)], r"grad_signs\[0\] must be"),
+        ("master_params", [torch.zeros(4)], r"master_params\[0\] must be torch.float32 \[3\]"),
+        ("master_params", [torch.zeros(3)], "a float32 parameter needs no master"),
+        ("master_params", [], "layout.master_params has 0 entries for 1 parameters"),
         ("scalars", torch.zeros(1, 3, dtype=torch.float64), "scalars must be torch.float64"),
         ("skipped_steps", torch.zeros(1), "skipped_steps must be torch.int64"),
         ("skipped_steps", torch.zeros(1, 1, dtype=torch.int64), r"skipped_steps must be .* \[1\]"),
@@ -571,6 +620,7 @@ def test_the_extension_checks_what_it_is_given() -> None:
     tensor = {
         "param": 64,
         "dtype": 0,
+        "master": None,
         "size": 1,
         "exp_avg": 64,
         "exp_avg_sq": 64,
@@ -586,6 +636,8 @@ def test_the_extension_checks_what_it_is_given() -> None:
         ({"param": 0}, "is a null pointer"),
         ({"exp_avg": 66}, "exp_avg is not aligned"),
         ({"grad_signs": 0}, "grad_signs is a null pointer"),
+        ({"master": 0, "dtype": 1}, "master is a null pointer"),
+        ({"master": 66, "dtype": 1}, "master is not aligned"),
     ):
         with pytest.raises(ValueError, match=message):
             _C.TensorSpec(**{**tensor, **wrong})
@@ -602,8 +654,8 @@ def test_the_extension_checks_what_it_is_given() -> None:
         ({"run_of": [-1]}, r"run_of\[0\] is -1, but there are 1 runs"),
     ):
         with pytest.raises(ValueError, match=message):
-            _C.Step(**{**parts, **addresses, **wrong}, masks_nonfinite=False)
-    step = _C.Step(**parts, **addresses, masks_nonfinite=False)
+            _C.Step(**{**parts, **addresses, **wrong}, masks_nonfinite=False, rounding_seed=None)
+    step = _C.Step(**parts, **addresses, masks_nonfinite=False, rounding_seed=None)
     with pytest.raises(ValueError, match="num_threads must be at least 1"):
         step.run(0, 0)
     odd = torch.zeros(8, dtype=torch.uint8)[1:]
