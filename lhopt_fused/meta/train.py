@@ -280,14 +280,32 @@ class MetaTraining:
 
     # ------------------------------------------------------------------ choosing
 
+    @property
+    def episodes(self) -> int:
+        """Episodes collected so far."""
+        return self._progress.episodes
+
+    @property
+    def control(self) -> HandControl:
+        """What the policy started from.
+
+        Raises:
+            RuntimeError: it has not been searched yet.
+        """
+        if self._progress.control is None:
+            raise RuntimeError("there is no hand control yet: run() searches it first")
+        return self._progress.control
+
     def validation(self) -> Validation:
         """The tasks that policies are chosen on."""
-        control = self._progress.control
-        if control is None:
-            raise RuntimeError("there is no hand control yet: run() searches it first")
-        settings = self.settings(_VALIDATE, self.config.validation.settings)
         return Validation(
-            self.config, settings, self.start, control, self._workers, self.folder, self._data_dir
+            self.config,
+            self.settings(_VALIDATE, self.config.validation.settings),
+            self.start,
+            self.control,
+            self._workers,
+            self.folder,
+            self._data_dir,
         )
 
     def _validate(self) -> Report:

@@ -1,0 +1,125 @@
+"""Ablations: the same meta-training without one thing at a time, judged on the same new tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from lhopt_fused.meta.config import MetaConfig
+from lhopt_fused.meta.evaluate import Result, compared, new_settings
+from lhopt_fused.meta.setting import StartNoise
+from lhopt_fused.meta.train import MetaTraining
+from lhopt_fused.meta.validation import Validation
+from lhopt_fused.meta.workers import Workers
+from lhopt_fused.policy import FEATURES
+from lhopt_fused.types import INNER_FEATURES
+
+__all__ = ["ABLATIONS", "Ablation", "ablate"]
+
+_ALWAYS: Final = ("progress", "outer_step_length")
+"""What every ablation sees: how far the run is, and how long an outer step is."""
+
+
+def _hides(*patterns: str) -> Callable[[MetaConfig], MetaConfig]:
+    return lambda config: replace(config, policy=replace(config.policy, hide=patterns))
+
+
+def _without_memory(config: MetaConfig) -> MetaConfig:
+    return replace(config, policy=replace(config.policy, memory=False))
+
+
+def _without_noise(config: MetaConfig) -> MetaConfig:
+    return replace(config, noise=StartNoise(lr=1, scale=1, average=1, logit=0, clean=1))
+
+
+def _untuned(config: MetaConfig) -> MetaConfig:
+    return replace(config, baseline="adamw")
+
+
+def _from_scratch(config: MetaConfig) -> MetaConfig:
+    return replace(config, cloning=replace(config.cloning, batches=0))
+
+
+ABLATIONS: Final[Mapping[str, Callable[[MetaConfig], MetaConfig]]] = {
+    "everything": lambda config: config,
+    "no CDF features": _hides("*_cdf_*"),
+    "no inner features": _hides(*(f"{name}*" for name in INNER_FEATURES)),
+    "no losses": _hides("log_loss_*", "log_train_loss_*", "log_eval_loss_*", "register_*_loss*"),
+    "no norms": _hides("log_path_ratio_*", "log_norm_ratio_*"),
+    "no hyperparameters": _hides("*_relative_to_start", "previous_*"),
+    "progress only": _hides(*(name for name in FEATURES if name not in _ALWAYS)),
+    "no memory": _without_memory,
+    "no start noise": _without_noise,
+    "untuned baseline": _untuned,
+    "no imitation": _from_scratch,
+}
+"""What is left out, by name; each maps the whole configuration to the one without it."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How a meta-training without something did.
+
+    Attributes:
+        name: one of :data:`ABLATIONS`.
+        results: on the new tasks.
+        episodes: that it was trained on.
+    """
+
+    name: str
+    results: list[Result]
+    episodes: int
+
+    def reward(self, draws: int = 2000) -> tuple[float, float, float]:
+        """Mean log speed-up over the tasks, with a bootstrap 95 % interval over settings."""
+        means = np.array([result.reward.mean() for result in self.results])
+        rng = np.random.default_rng(0)
+        drawn = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return float(means.mean()), float(low), float(high)
+
+
+def ablate(
+    config: MetaConfig,
+    names: list[str],
+    folder: Path,
+    workers: Workers,
+    *,
+    settings: int = 40,
+    tasks: int = 6,
+    data_dir: Path | None = None,
+) -> list[Ablation]:
+    """Train each ablation for as long as the configuration says, and judge it.
+
+    Args:
+        config: of the whole; its minutes are those of each ablation.
+        names: some of :data:`ABLATIONS`.
+        folder: one folder of runs in it for each; runs that are there go on.
+        workers: who runs episodes.
+        settings, tasks: of the new tasks.
+        data_dir: for families that read files.
+
+    Raises:
+        ValueError: there is no such ablation.
+    """
+    unknown = [name for name in names if name not in ABLATIONS]
+    if unknown:
+        raise ValueError(f"there is no ablation {unknown[0]!r}; there are {', '.join(ABLATIONS)}")
+    chosen = new_settings(config, settings, tasks)
+    done = []
+    for name in names:
+        own = ABLATIONS[name](config)
+        place = folder / name.replace(" ", "-")
+        training = MetaTraining(own, place, workers, data_dir=data_dir)
+        training.run()
+        policy = training.policy()
+        # judged by one yardstick, whatever it was trained by
+        judged = replace(own, baseline=config.baseline)
+        start, control = policy.start_hyperparameters, training.control
+        validation = Validation(judged, chosen, start, control, workers, place, data_dir)
+        done.append(Ablation(name, compared(validation, policy.weights), training.episodes))
+    return done

@@ -1,0 +1,204 @@
+"""Meta-validation: a policy file on tasks, lengths and families that its training never saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lhopt_fused.meta.config import MetaConfig, config_from_plain
+from lhopt_fused.meta.control import HandControl
+from lhopt_fused.meta.jobs import Weights
+from lhopt_fused.meta.setting import Setting
+from lhopt_fused.meta.tasks import HELDOUT
+from lhopt_fused.meta.validation import Validation, wins
+from lhopt_fused.meta.workers import Workers
+from lhopt_fused.policy import LearnedPolicy
+
+__all__ = [
+    "OPPONENTS",
+    "Result",
+    "Share",
+    "by_family",
+    "compared",
+    "evaluate",
+    "heldout_settings",
+    "new_settings",
+    "shares",
+    "trained_config",
+    "write_results",
+]
+
+_NEW: Final = 1_000  # a stream of seeds beside those of training
+_HELDOUT_LENGTHS: Final = ((64, 8), (256, 16), (768, 48))  # inner steps, outer steps
+
+OPPONENTS: Final = {
+    "default": "AdamW at 1e-3, constant",
+    "tuned": "the best of 35 configurations of AdamW on each task",
+    "median": "the median of the 35",
+    "control": "the hand control: the same inner optimizer under the best fixed schedule",
+}
+"""What a policy is compared with, by the names in tables."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a policy did on the R tasks of one setting.
+
+    Attributes:
+        setting: family, lengths and seed.
+        reward: log speed-up over the baseline of the reward, float64 ``[R]``.
+        won: for each of :data:`OPPONENTS`, 1 where the policy ends lower, 0.5 where equal, ``[R]``.
+    """
+
+    setting: Setting
+    reward: NDArray[np.float64]
+    won: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of tasks won, with a bootstrap 95 % interval over settings."""
+
+    value: float
+    low: float
+    high: float
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+
+
+def trained_config(policy: LearnedPolicy) -> tuple[MetaConfig, HandControl]:
+    """The configuration and the hand control that a policy was trained with.
+
+    Raises:
+        ValueError: the policy does not say; it was not made by meta-training.
+    """
+    plain = policy.trained_on.get("config"), policy.trained_on.get("control")
+    if not all(isinstance(value, dict) for value in plain):
+        raise ValueError(
+            f"policy {policy.name!r} does not say what it was trained on; only policies made by "
+            "`lhopt meta-train` can be compared with their hand control"
+        )
+    return config_from_plain(plain[0]), HandControl(**plain[1])
+
+
+def new_settings(config: MetaConfig, count: int, tasks: int) -> list[Setting]:
+    """New tasks of the families trained on, with runs of up to twice as many outer steps."""
+    distribution = replace(
+        config.tasks,
+        tasks=tasks,
+        repeats=1,
+        outer_steps=(config.tasks.outer_steps[0], 2 * config.tasks.outer_steps[1]),
+        longest=2 * config.tasks.longest,
+    )
+    return [
+        distribution.draw(int(np.random.SeedSequence([_NEW, index]).generate_state(1)[0]))
+        for index in range(count)
+    ]
+
+
+def heldout_settings(tasks: int) -> list[Setting]:
+    """The families that no policy is trained on, each at three lengths."""
+    return [
+        Setting(family, _NEW + index, tasks, 1, total_steps, outer_steps)
+        for index, family in enumerate(HELDOUT)
+        for total_steps, outer_steps in _HELDOUT_LENGTHS
+    ]
+
+
+def evaluate(
+    policy: LearnedPolicy,
+    settings: Sequence[Setting],
+    workers: Workers,
+    folder: Path,
+    *,
+    trust: Literal["exact", "delayed"] | None = None,
+    data_dir: Path | None = None,
+) -> list[Result]:
+    """Play every setting under a policy and compare with AdamW and the hand control.
+
+    Args:
+        policy: made by meta-training.
+        settings: what is played.
+        workers: who plays.
+        folder: where references are kept from one use to the next.
+        trust: trust ratios of the inner optimizer, for policy and hand control; None for what the
+            policy was trained with.
+        data_dir: for families that read files.
+
+    Raises:
+        ValueError: the policy does not say what it was trained with.
+    """
+    config, control = trained_config(policy)
+    if trust is not None:
+        config = replace(config, policy=replace(config.policy, trust=trust))
+    start = policy.start_hyperparameters
+    validation = Validation(config, settings, start, control, workers, folder, data_dir)
+    return compared(validation, policy.weights)
+
+
+def compared(validation: Validation, network: Weights) -> list[Result]:
+    """How a network does on each setting of a validation, beside the references there."""
+    results = []
+    played = zip(
+        validation.settings, validation.losses(network), validation.references, strict=True
+    )
+    for setting, mine, other in played:
+        grid = np.nan_to_num(other.grid, nan=np.inf)
+        opponents = {
+            "default": other.default,
+            "tuned": grid.min(0),
+            "median": np.median(grid, axis=0),
+            "control": other.control,
+        }
+        reward = other.rewards(mine, setting.total_steps)
+        won = {name: wins(mine, opponents[name]) for name in OPPONENTS}
+        results.append(Result(setting, reward, won))
+    return results
+
+
+def shares(results: Sequence[Result], draws: int = 2000) -> dict[str, Share]:
+    """Share of the tasks won against each opponent; settings are drawn again for the interval."""
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(len(results), size=(draws, len(results)))
+    sizes = np.array([len(result.reward) for result in results])
+    table = {}
+    for name in OPPONENTS:
+        won = np.array([result.won[name].sum() for result in results])
+        drawn = won[chosen].sum(1) / sizes[chosen].sum(1)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        table[name] = Share(
+            float(won.sum() / sizes.sum()), float(low), float(high), int(sizes.sum())
+        )
+    return table
+
+
+def by_family(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results of each family, in the order in which families first appear."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.setting.family, []).append(result)
+    return groups
+
+
+def write_results(results: Sequence[Result], path: Path, about: dict[str, Any]) -> None:
+    """All results as JSON, with what they are about."""
+    rows = [
+        {
+            "family": result.setting.family,
+            "seed": result.setting.seed,
+            "total_steps": result.setting.total_steps,
+            "outer_steps": result.setting.outer_steps,
+            "reward": result.reward.tolist(),
+            **{f"beats_{name}": won.tolist() for name, won in result.won.items()},
+        }
+        for result in results
+    ]
+    path.write_text(json.dumps({**about, "settings": rows}, indent=1) + "\n")
