@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from tolerances import TASK_LOSS, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lhopt_fused.meta.tasks import (
     FAMILIES,
@@ -214,3 +215,24 @@ def test_most_tasks_are_learnable(name: str) -> None:
 def test_bad_seeds_and_sizes_are_named(name: str, seed: int, runs: int) -> None:
     with pytest.raises(ValueError, match=r"(seed|runs) is"):
         FAMILY_TYPES[name]().sample(seed, runs)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes a host wait for its device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+        assert func.name() not in waits, func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "seed"), ARCHITECTURES)
+def test_a_step_waits_for_no_device(name: str, seed: int) -> None:
+    tasks = batch(name, seed)
+    params = {key: tensor.requires_grad_() for key, tensor in tasks.init().items()}
+    with NoSynchronisation():
+        tasks.train_loss(params, 1000).sum().backward()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            params[min(params)].sum().item()

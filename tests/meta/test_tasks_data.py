@@ -46,7 +46,7 @@ def used(tasks: SeededTasks) -> dict[str, torch.Tensor]:
     if isinstance(tasks, SupervisedTasks):
         return {split: tasks.table[f"rows/{split}"] for split in ("train", "eval", "report")}
     assert isinstance(tasks, LanguageTasks)
-    reach = torch.arange(tasks.network.context + 1)
+    reach = torch.arange(tasks.context + 1)
     held_out = tasks.table["held_out"][..., None] + reach
     sizes, first = tasks.table["sizes"], tasks.table["first"]
     train = first[:, None] + torch.arange(int(sizes.max())).minimum(sizes[:, None] - 1)
@@ -74,8 +74,8 @@ def test_minibatches_stay_in_the_training_part(name: str) -> None:
     sizes = tasks.table["sizes"][:, None]
     if isinstance(tasks, LanguageTasks):
         drawn = drawn - tasks.table["first"][:, None]
-        sizes = sizes - tasks.network.context
-        assert int((tasks.table["held_out"] + tasks.network.context).max()) < len(tasks.text)
+        sizes = sizes - tasks.context
+        assert int((tasks.table["held_out"] + tasks.context).max()) < len(tasks.text)
     assert bool(((drawn >= 0) & (drawn < sizes)).all())
     assert bool((drawn.amax(dim=(0, 2)) > 0.5 * sizes[:, 0]).all())  # and use all of it
 

@@ -16,7 +16,7 @@ class AdditionFamily(TaskFamily):
     """Sums of two numbers of 3 to 5 bits, smallest digit first, with recurrent networks.
 
     A symbol is a pair of digits, and the target the digit of the sum, the last carry included; the
-    rest is drawn as in ``xor``. About 30 to 90 us a step.
+    rest is drawn as in ``xor``. About 15 to 125 us a step.
     """
 
     name = "addition"

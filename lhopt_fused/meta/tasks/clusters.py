@@ -32,7 +32,7 @@ class ClustersFamily(TaskFamily):
     A batch shares the dimensions, 2 to 10 classes, the number of clusters, a network of
     :func:`random_mlp`, loss, dropout or not, and a batch size of 8 to 32. Each task has its own
     centres, spread (0.2 to 1.2 of their distance from zero), 64 to 1024 examples, label noise,
-    dropout rate and gain. About 15 to 90 us a step.
+    dropout rate and gain. About 5 to 50 us a step.
     """
 
     name = "clusters"

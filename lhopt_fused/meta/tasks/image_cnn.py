@@ -133,7 +133,7 @@ class ImageCNNFamily(ImageFamily):
     """Handwritten digits and patches of photographs, 8x8, with convolutional networks.
 
     A batch shares a network of :func:`random_cnn` and a batch size of 8 to 24; all else is drawn
-    as in ``image_mlp``. About 50 to 200 us a step.
+    as in ``image_mlp``. About 50 to 160 us a step.
     """
 
     name = "image_cnn"

@@ -84,7 +84,7 @@ class ImageMLPFamily(ImageFamily):
     error, hinge), whether there is dropout, and a batch size of 8 to 32. Each task has its own
     training set (48 images to all but the held-out 128, log-uniform, so that small ones are
     overfitted), pixel scale (0.5 to 2), label noise (half none, else up to 0.4), dropout rate and
-    gain. About 30 to 120 us a step.
+    gain. About 10 to 70 us a step.
     """
 
     name = "image_mlp"

@@ -30,6 +30,7 @@ from lhopt_fused.meta.tasks.seeded import (
 __all__ = [
     "Examples",
     "Network",
+    "NetworkTasks",
     "SupervisedTasks",
     "affordable_batch",
     "choose_examples",
@@ -171,18 +172,66 @@ def affordable_batch(
     return max(4, min(round(log_uniform(generator, low, high)), int(budget / products)))
 
 
-class SupervisedTasks(SeededTasks):
-    """Minibatches with replacement out of each task's training examples.
+class NetworkTasks(SeededTasks):
+    """Tasks that train a stacked network on examples.
 
     Args:
         family: name of the family.
         seeds: int64 ``[R]``.
+        table: as in ``SeededTasks``; ``sizes``, int64 ``[R]``, is how much data each task has.
         network: what to train.
-        examples: what on.
-        loss: what is minimised, on held-out data too.
         batch_size: examples in a minibatch.
         numbers: float ``[R]`` by their names in ``TaskBatch.describe``; ``log_initial_scale`` is
             the gain of the starting weights, ``dropout`` the rate (no dropout if it is not there).
+    """
+
+    def __init__(
+        self,
+        family: str,
+        seeds: torch.Tensor,
+        table: Mapping[str, torch.Tensor],
+        *,
+        network: Network,
+        batch_size: int,
+        numbers: Mapping[str, torch.Tensor],
+    ) -> None:
+        own = {f"numbers/{name}": value.to(torch.float32) for name, value in numbers.items()}
+        super().__init__(family, seeds, {**table, **own})
+        self.network = network
+        self.batch_size = batch_size
+
+    def init(self) -> dict[str, torch.Tensor]:
+        """Uniform weights with each task's gain, biases 0, scales of normalisations 1."""
+        gain = self.table["numbers/log_initial_scale"].exp()
+        return draw_parameters(self.network.parameters, self.seeds, gain)
+
+    def dropout(self, step: int) -> Dropout | None:
+        """What drops activations in training step number ``step``, if anything."""
+        rates = self.table.get("numbers/dropout")
+        return None if rates is None else Dropout(self.seeds, step, rates)
+
+    def numbers(self) -> dict[str, float | torch.Tensor]:
+        """Sizes, noise, and what the network says of itself."""
+        numbers: dict[str, float | torch.Tensor] = {
+            "log_parameters": math.log(parameter_count(self.network.parameters)),
+            "log_batch_size": math.log(self.batch_size),
+            "log_examples": self.table["sizes"].log(),
+        }
+        own = {
+            name.removeprefix("numbers/"): value
+            for name, value in self.table.items()
+            if name.startswith("numbers/")
+        }
+        return numbers | self.network.numbers() | own
+
+
+class SupervisedTasks(NetworkTasks):
+    """Minibatches with replacement out of each task's training examples.
+
+    Args:
+        family, seeds, network, batch_size, numbers: as in :class:`NetworkTasks`.
+        examples: what to train and to be judged on.
+        loss: what is minimised, on held-out data too.
         input_scale: float ``[R]``, what the inputs are multiplied by, if anything.
     """
 
@@ -200,20 +249,14 @@ class SupervisedTasks(SeededTasks):
     ) -> None:
         table = {f"rows/{name}": rows for name, rows in examples.rows.items()}
         table |= {f"targets/{name}": targets for name, targets in examples.targets.items()}
-        table |= {f"numbers/{name}": value.to(torch.float32) for name, value in numbers.items()}
         table["sizes"] = examples.sizes
         if input_scale is not None:
             table["input_scale"] = input_scale.to(torch.float32)
-        super().__init__(family, seeds, table)
-        self.network = network
+        super().__init__(
+            family, seeds, table, network=network, batch_size=batch_size, numbers=numbers
+        )
         self.pool = examples.pool
         self.loss = loss
-        self.batch_size = batch_size
-
-    def init(self) -> dict[str, torch.Tensor]:
-        """Uniform weights with each task's gain, biases 0, scales of normalisations 1."""
-        gain = self.table["numbers/log_initial_scale"].exp()
-        return draw_parameters(self.network.parameters, self.seeds, gain)
 
     def draw(self, chunk: int) -> torch.Tensor:
         """Which training examples the minibatches hold, int64 ``[CHUNK, R, B]``."""
@@ -229,17 +272,14 @@ class SupervisedTasks(SeededTasks):
             targets = targets.gather(1, index[..., None].expand(-1, -1, targets.shape[2]))
         else:
             targets = targets.gather(1, index)
-        rates = self.table.get("numbers/dropout")
-        dropout = None if rates is None else Dropout(self.seeds, step, rates)
-        outputs = self.network.forward(params, self._inputs(rows), dropout)
+        outputs = self.network.forward(params, self._inputs(rows), self.dropout(step))
         return losses(outputs, targets, self.loss)
 
     def eval_loss(self, params: Mapping[str, torch.Tensor], split: Split) -> torch.Tensor:
         """The loss on a held-out split."""
         inputs = self._inputs(self.table[f"rows/{split}"])
-        return losses(
-            self.network.forward(params, inputs, None), self.table[f"targets/{split}"], self.loss
-        )
+        outputs = self.network.forward(params, inputs, None)
+        return losses(outputs, self.table[f"targets/{split}"], self.loss)
 
     def _inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the pool, ``[R, B, ...]``."""
@@ -248,16 +288,5 @@ class SupervisedTasks(SeededTasks):
         return inputs if scale is None else inputs * scale.view(-1, *[1] * (inputs.ndim - 1))
 
     def numbers(self) -> dict[str, float | torch.Tensor]:
-        """Sizes, noise, loss, and what the network says of itself."""
-        numbers: dict[str, float | torch.Tensor] = {
-            "log_parameters": math.log(parameter_count(self.network.parameters)),
-            "log_batch_size": math.log(self.batch_size),
-            "log_examples": self.table["sizes"].log(),
-            self.loss: 1.0,
-        }
-        own = {
-            name.removeprefix("numbers/"): value
-            for name, value in self.table.items()
-            if name.startswith("numbers/")
-        }
-        return numbers | self.network.numbers() | own
+        """As :class:`NetworkTasks`, and the kind of loss."""
+        return {**super().numbers(), self.loss: 1.0}

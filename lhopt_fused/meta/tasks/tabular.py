@@ -24,7 +24,7 @@ class TabularFamily(TaskFamily):
 
     A batch shares the table, a network of :func:`random_mlp`, loss, dropout or not, and a batch
     size of 8 to 32. Each task has its own split (a fifth for each held-out one), training size (24
-    rows to the rest), noise, dropout rate and gain. About 10 to 60 us a step.
+    rows to the rest), noise, dropout rate and gain. About 5 to 50 us a step.
     """
 
     name = "tabular"

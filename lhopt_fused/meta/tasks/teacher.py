@@ -36,8 +36,8 @@ class TeacherFamily(TaskFamily):
 
     A batch shares 4 to 32 inputs, 1 to 8 outputs, numbers or classes, the shapes of teacher and
     student (:func:`random_mlp`), loss, dropout or not, and a batch size of 8 to 32. Each task has
-    its own teacher (gain 1 to 3), 64 to 1024 examples, noise, dropout rate and gain. About 15 to
-    90 us a step.
+    its own teacher (gain 1 to 3), 64 to 1024 examples, noise, dropout rate and gain. About 5 to
+    60 us a step.
     """
 
     name = "teacher"

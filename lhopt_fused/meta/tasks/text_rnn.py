@@ -40,7 +40,7 @@ class TextRNNFamily(TaskFamily):
 
     A batch shares the texts, a network of ``random_recurrent``, loss, dropout or not, and a batch
     size of 8 to 24. Each task has its own split, training size (64 windows to all), label noise,
-    dropout rate and gain. About 40 to 160 us a step.
+    dropout rate and gain. About 30 to 160 us a step.
     """
 
     name = "text_rnn"

@@ -16,21 +16,23 @@ from lhopt_fused.meta.tasks.layers import (
     ACTIVATIONS,
     Dropout,
     Parameter,
-    draw_parameters,
     embedding,
     layer_norm,
     linear,
     losses,
-    parameter_count,
 )
 from lhopt_fused.meta.tasks.seeded import (
-    SeededTasks,
     architecture_random,
     step_uniforms,
     task_seeds,
     uniform_numbers,
 )
-from lhopt_fused.meta.tasks.supervised import Network, affordable_batch, random_conditions
+from lhopt_fused.meta.tasks.supervised import (
+    Network,
+    NetworkTasks,
+    affordable_batch,
+    random_conditions,
+)
 from lhopt_fused.meta.tasks.text import SYMBOLS, training_text, user_text
 
 __all__ = ["LanguageTasks", "Transformer", "TransformerFamily"]
@@ -143,17 +145,14 @@ def _norm(name: str, width: int) -> dict[str, Parameter]:
     return {f"{name}.scale": Parameter((width,), start=1.0), f"{name}.shift": Parameter((width,))}
 
 
-class LanguageTasks(SeededTasks):
+class LanguageTasks(NetworkTasks):
     """Predicting the next symbol: each task has its own stretch of a text, the training part first
     and the two held-out splits behind it.
 
     Args:
-        family: name of the family.
-        seeds: int64 ``[R]``.
+        family, seeds, batch_size, numbers: as in ``NetworkTasks``.
         network: the language model.
         text: uint8 ``[characters]``.
-        batch_size: windows in a minibatch.
-        numbers: float ``[R]`` by their names in ``TaskBatch.describe``, as in ``SupervisedTasks``.
     """
 
     def __init__(
@@ -165,9 +164,8 @@ class LanguageTasks(SeededTasks):
         batch_size: int,
         numbers: Mapping[str, torch.Tensor],
     ) -> None:
-        self.network = network
+        self.context = network.context
         self.text = text
-        self.batch_size = batch_size
         window = network.context + 1
         held_out = 2 * _HELD_OUT * window
         smallest, largest = 1000, min(60_000, (text.shape[0] - held_out) // 2)
@@ -175,30 +173,24 @@ class LanguageTasks(SeededTasks):
         sizes = (smallest * (largest / smallest) ** drawn[:, 0]).to(torch.int64)
         first = (drawn[:, 1] * (text.shape[0] - held_out - sizes)).to(torch.int64)
         behind = window * torch.arange(2 * _HELD_OUT, device=seeds.device).view(1, 2, _HELD_OUT)
-        table = {f"numbers/{name}": value.to(torch.float32) for name, value in numbers.items()}
-        table |= {
+        table = {
             "first": first,  # [R]: where the training part begins
             "sizes": sizes,  # [R]: its characters
             "held_out": (first + sizes)[:, None, None] + behind,  # [R, 2, _HELD_OUT]: beginnings
         }
-        super().__init__(family, seeds, table)
-
-    def init(self) -> dict[str, torch.Tensor]:
-        """Uniform weights with each task's gain, biases 0, scales of normalisations 1."""
-        gain = self.table["numbers/log_initial_scale"].exp()
-        return draw_parameters(self.network.parameters, self.seeds, gain)
+        super().__init__(
+            family, seeds, table, network=network, batch_size=batch_size, numbers=numbers
+        )
 
     def draw(self, chunk: int) -> torch.Tensor:
         """Where the windows of the minibatches begin, int64 ``[CHUNK, R, B]``."""
         uniform = step_uniforms(self.seeds, chunk, self.batch_size)
-        places = (self.table["sizes"] - self.network.context)[:, None]
+        places = (self.table["sizes"] - self.context)[:, None]
         return self.table["first"][:, None] + (uniform * places).to(torch.int64)
 
     def train_loss(self, params: Mapping[str, torch.Tensor], step: int) -> torch.Tensor:
         """Cross entropy of the next symbol in minibatch number ``step``, with dropout."""
-        rates = self.table.get("numbers/dropout")
-        dropout = None if rates is None else Dropout(self.seeds, step, rates)
-        return self._losses(params, self.drawn(step), dropout)
+        return self._losses(params, self.drawn(step), self.dropout(step))
 
     def eval_loss(self, params: Mapping[str, torch.Tensor], split: Split) -> torch.Tensor:
         """Cross entropy of the next symbol on a held-out split."""
@@ -207,7 +199,7 @@ class LanguageTasks(SeededTasks):
 
     def windows(self, begins: torch.Tensor) -> torch.Tensor:
         """Windows of ``context + 1`` symbols, int64 ``[R, B, context + 1]``."""
-        places = begins[..., None] + torch.arange(self.network.context + 1, device=self.device)
+        places = begins[..., None] + torch.arange(self.context + 1, device=self.device)
         return self.text[places].long()
 
     def _losses(
@@ -216,20 +208,6 @@ class LanguageTasks(SeededTasks):
         windows = self.windows(begins)
         outputs = self.network.forward(params, windows[..., :-1], dropout)
         return losses(outputs, windows[..., 1:].flatten(1), "cross_entropy")
-
-    def numbers(self) -> dict[str, float | torch.Tensor]:
-        """Sizes, dropout and gain, and what the network says of itself."""
-        own = {
-            name.removeprefix("numbers/"): value
-            for name, value in self.table.items()
-            if name.startswith("numbers/")
-        }
-        numbers: dict[str, float | torch.Tensor] = {
-            "log_parameters": math.log(parameter_count(self.network.parameters)),
-            "log_batch_size": math.log(self.batch_size),
-            "log_examples": self.table["sizes"].log(),
-        }
-        return numbers | self.network.numbers() | own
 
 
 @lru_cache(maxsize=4)
@@ -263,7 +241,7 @@ class TransformerFamily(TaskFamily):
 
     A batch shares text, a network of :func:`random_transformer`, dropout or not, and a batch size
     of 4 to 16 windows. Each task has its own stretch of the text (1,000 to 60,000 characters,
-    log-uniform, and the held-out windows behind it), dropout rate and gain. About 100 to 250 us a
+    log-uniform, and the held-out windows behind it), dropout rate and gain. About 60 to 250 us a
     step.
     """
 

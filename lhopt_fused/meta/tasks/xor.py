@@ -17,7 +17,7 @@ class XorFamily(TaskFamily):
 
     A batch shares length, kind of target, a network of ``random_recurrent`` and a batch size of 8
     to 32. Each task holds out its own eighths of all sequences (64 at most), trains on half to all
-    of the others, half of the tasks with label noise up to 0.1. About 30 to 130 us a step.
+    of the others, half of the tasks with label noise up to 0.1. About 15 to 90 us a step.
     """
 
     name = "xor"
