@@ -72,14 +72,12 @@ auto Named(const char* name) {
 }
 
 GroupOptions MakeGroup(int denominator, int weight_decay, int clip, int trust,
-                       bool trust_ignores_vectors, bool trust_norm_ema, bool radam_warmup,
-                       bool maximize) {
+                       bool trust_ignores_vectors, bool radam_warmup, bool maximize) {
   return {Checked<Denominator>(denominator, kNumDenominators, Named("denominator")),
           Checked<WeightDecay>(weight_decay, 2, Named("weight_decay")),
           Checked<Clip>(clip, 4, Named("clip")),
           Checked<Trust>(trust, 3, Named("trust")),
           trust_ignores_vectors,
-          trust_norm_ema,
           radam_warmup,
           maximize};
 }
@@ -296,7 +294,7 @@ void BindStep(py::module_& m) {
   py::class_<GroupOptions>(m, "GroupOptions", "Static options of a group, by the enums' values.")
       .def(py::init(&MakeGroup), py::kw_only(), py::arg("denominator"), py::arg("weight_decay"),
            py::arg("clip"), py::arg("trust"), py::arg("trust_ignores_vectors"),
-           py::arg("trust_norm_ema"), py::arg("radam_warmup"), py::arg("maximize"));
+           py::arg("radam_warmup"), py::arg("maximize"));
   py::class_<TensorSpec>(m, "TensorSpec", "Addresses of one tensor's arrays.")
       .def(py::init(&MakeTensor), py::kw_only(), py::arg("param"), py::arg("dtype"),
            py::arg("master"), py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"),

@@ -86,9 +86,8 @@ double UpdateNorm(const double* tensor_state) {
   return tensor_state[kUpdateNormEma] / tensor_state[kUpdateNormBiasCorrection];
 }
 
-void AdvanceUpdateNorm(double norm, const GroupOptions& options, const double* scalars,
-                       double* tensor_state) {
-  const double ombeta = options.trust_norm_ema ? scalars[kLambUpdateNormOmbeta] : 1.0;
+void AdvanceUpdateNorm(double norm, const double* scalars, double* tensor_state) {
+  const double ombeta = scalars[kLambUpdateNormOmbeta];
   double& ema = tensor_state[kUpdateNormEma];
   double& correction = tensor_state[kUpdateNormBiasCorrection];
   ema = (1 - ombeta) * ema + ombeta * norm;

@@ -76,7 +76,6 @@ struct GroupOptions {
   Clip clip;
   Trust trust;
   bool trust_ignores_vectors;
-  bool trust_norm_ema;
   bool radam_warmup;
   bool maximize;
 };
@@ -102,7 +101,6 @@ double TrustRatio(double param_norm, double update_norm, const double* scalars);
 double UpdateNorm(const double* tensor_state);
 
 // Takes this step's norm of the update into the running one.
-void AdvanceUpdateNorm(double norm, const GroupOptions& options, const double* scalars,
-                       double* tensor_state);
+void AdvanceUpdateNorm(double norm, const double* scalars, double* tensor_state);
 
 }  // namespace lhopt

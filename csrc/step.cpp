@@ -394,7 +394,7 @@ void Step::FinishMoments(int32_t t) {
   Sums total{};
   for (int32_t i = tensor.first_chunk; i < tensor.end_chunk; ++i) total += sums_[i];
   if (UsesTrust(t)) {
-    AdvanceUpdateNorm(std::sqrt(total.update_sq), OptionsOf(t), ScalarsOf(t), StateOf(t));
+    AdvanceUpdateNorm(std::sqrt(total.update_sq), ScalarsOf(t), StateOf(t));
   }
   if (modes_[t] == Mode::kTwoPass) {
     const double param_norm = std::sqrt(total.param_sq);

@@ -163,7 +163,6 @@ def _group_options(options: StepOptions) -> _C.GroupOptions:
         clip=options.clip.value,
         trust=options.trust.value,
         trust_ignores_vectors=options.trust_ignores_vectors,
-        trust_norm_ema=options.trust_norm_ema,
         radam_warmup=options.radam_warmup,
         maximize=options.maximize,
     )

@@ -202,7 +202,7 @@ class _TensorStep:
         param_norm = state["param_norm"] if delayed else math.sqrt(param_sq)
         before = state["update_norm_ema"], state["update_norm_bias_correction"]
 
-        ombeta = s["lamb_update_norm_ombeta"] if self.options.trust_norm_ema else 1.0
+        ombeta = s["lamb_update_norm_ombeta"]
         norm = math.sqrt(update_sq)
         state["update_norm_ema"] = (1 - ombeta) * before[0] + ombeta * norm
         state["update_norm_bias_correction"] = (1 - ombeta) * before[1] + ombeta

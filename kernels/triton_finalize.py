@@ -10,7 +10,6 @@ import triton.language as tl
 
 from lhopt_fused.kernels.triton_prepare import trust_ratio
 from lhopt_fused.kernels.triton_tables import (
-    AVERAGES_UPDATE_NORM,
     C_DECAY,
     C_MASKED,
     C_STEP_SIZE,
@@ -82,8 +81,7 @@ def pick(sums, COLUMN: tl.constexpr):
 @triton.jit
 def advance_trust(sums, traits, scalar_ptr, state_ptr, deferred):
     """Take |u| into its running mean; the trust ratio that includes it."""
-    averages = (traits & AVERAGES_UPDATE_NORM) != 0
-    ombeta = tl.where(averages, tl.load(scalar_ptr + LAMB_OMBETA), 1.0)
+    ombeta = tl.load(scalar_ptr + LAMB_OMBETA)
     norm = tl.sqrt(pick(sums, UPDATE_SQ))
     ema = (1.0 - ombeta) * tl.load(state_ptr + UPDATE_NORM_EMA) + ombeta * norm
     correction = (1.0 - ombeta) * tl.load(state_ptr + UPDATE_NORM_CORRECTION) + ombeta

@@ -50,7 +50,6 @@ def _traits(layout: StepLayout, tensor: int) -> int:
     bits = (
         (tables.USES_TRUST, uses_trust(layout, tensor)),
         (tables.DELAYS_TRUST, options.trust is Trust.DELAYED),
-        (tables.AVERAGES_UPDATE_NORM, options.trust_norm_ema),
         (tables.WARMS_UP, options.radam_warmup),
         (tables.ROOT_DENOMINATOR, options.denominator is Denominator.RMS),
         (tables.DECOUPLED_DECAY, options.weight_decay is WeightDecay.DECOUPLED),

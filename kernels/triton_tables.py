@@ -61,12 +61,11 @@ PARAM_NORM: Final = tl.constexpr(TENSOR_STATE.index("param_norm"))
 # What is fixed about a tensor: bits of traits [T].
 USES_TRUST: Final = tl.constexpr(1)
 DELAYS_TRUST: Final = tl.constexpr(2)
-AVERAGES_UPDATE_NORM: Final = tl.constexpr(4)
-WARMS_UP: Final = tl.constexpr(8)
-ROOT_DENOMINATOR: Final = tl.constexpr(16)
-DECOUPLED_DECAY: Final = tl.constexpr(32)
-MAXIMIZES: Final = tl.constexpr(64)
-KEEPS_SIGNS: Final = tl.constexpr(128)
+WARMS_UP: Final = tl.constexpr(4)
+ROOT_DENOMINATOR: Final = tl.constexpr(8)
+DECOUPLED_DECAY: Final = tl.constexpr(16)
+MAXIMIZES: Final = tl.constexpr(32)
+KEEPS_SIGNS: Final = tl.constexpr(64)
 
 # Where the data lies: addresses, int64 [T, ADDRESS_COLUMNS], 0 for what a tensor has not; chunks,
 # int64 [C, CHUNK_COLUMNS]: tensor, first element, number of elements and row of partial sums.

@@ -25,7 +25,6 @@ class GroupOptions:
         clip: int,
         trust: int,
         trust_ignores_vectors: bool,
-        trust_norm_ema: bool,
         radam_warmup: bool,
         maximize: bool,
     ) -> None: ...

@@ -192,7 +192,6 @@ class CIAO(MeasuredOptimizer):
             clip=self._clip(group),
             trust=Trust.NONE if group["lamb_power"] is None else trust,
             trust_ignores_vectors=bool(group["lamb_ignore_vectors"]),
-            trust_norm_ema=group["lamb_update_norm_ombeta"] is not None,
             radam_warmup=bool(group["approximate_radam_warmup"]),
         )
 

@@ -170,7 +170,6 @@ class StepOptions:
     clip: Clip = Clip.NONE
     trust: Trust = Trust.NONE
     trust_ignores_vectors: bool = False
-    trust_norm_ema: bool = False
     radam_warmup: bool = False
     maximize: bool = False
 

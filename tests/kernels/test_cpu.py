@@ -52,7 +52,7 @@ START = {
     "lamb_max_trust": 10.0,
 }
 LHOPT = StepOptions(
-    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True, True
+    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
 )
 CLIPS = itertools.cycle(Clip)
 OPTIONS = [
@@ -62,7 +62,6 @@ OPTIONS = [
         next(CLIPS),
         trust,
         trust_ignores_vectors=decay is WeightDecay.IN_UPDATE,
-        trust_norm_ema=denominator is Denominator.MAX,
         radam_warmup=denominator is Denominator.RMS,
         maximize=trust is Trust.DELAYED,
     )
@@ -613,7 +612,6 @@ def test_the_extension_checks_what_it_is_given() -> None:
         "clip": 0,
         "trust": 0,
         "trust_ignores_vectors": False,
-        "trust_norm_ema": False,
         "radam_warmup": False,
         "maximize": False,
     }

@@ -62,15 +62,15 @@ OPTIONS = {
     "adamw": StepOptions(),
     "adamw_warmup_maximize": StepOptions(clip=Clip.NORM, radam_warmup=True, maximize=True),
     "lhopt": StepOptions(
-        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True, True
+        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
     ),
     "lhopt_delayed": StepOptions(
-        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.DELAYED, True, True
+        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.DELAYED, True
     ),
     "z_score_decay_in_update": StepOptions(
         Denominator.RMS, WeightDecay.IN_UPDATE, Clip.Z_SCORE, trust=Trust.DELAYED
     ),
-    "max_decoupled_lamb": StepOptions(Denominator.MAX, trust=Trust.EXACT, trust_norm_ema=True),
+    "max_decoupled_lamb": StepOptions(Denominator.MAX, trust=Trust.EXACT),
 }
 SHAPES: tuple[tuple[int, ...], ...] = ((33, 9), (7,), (0, 3), ())
 

@@ -122,7 +122,7 @@ class Recorded(NamedTuple):
 
 
 LHOPT = StepOptions(
-    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True, True
+    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
 )
 DELAYED = replace(LHOPT, trust=Trust.DELAYED)
 
