@@ -155,7 +155,7 @@ class LHOPT(CIAO):
                 continue
             if sums.device.type == "cpu":  # a few microseconds, where small tensors cost 100
                 held = sums.numpy()
-                held[index] = held.item(index) + float(number)
+                held[index] = held.item(index) + number
             else:
                 sums[index].add_(number)
             self._observed[index] += 1
@@ -328,7 +328,7 @@ class LHOPT(CIAO):
             raise RuntimeError("there is no training state yet: call step() first")
         layout = self._run.layout
         state = {"tensor_state": layout.tensor_state, "group_state": layout.group_state}
-        per_tensor = {
+        per_tensor: dict[str, Sequence[torch.Tensor | None]] = {
             "param": [p.detach() for p in self._run.params],
             "exp_avg": layout.exp_avgs,
             "exp_avg_sq": layout.exp_avg_sqs,
@@ -433,8 +433,10 @@ def _one_number(loss: Loss, device: torch.device) -> float | torch.Tensor:
         raise ValueError(
             f"a loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first"
         )
+    if loss.is_complex():
+        raise TypeError("a loss must be one real number, got a complex tensor")
     if device.type == "cpu":
-        return loss.item()
+        return float(loss.item())
     return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
 

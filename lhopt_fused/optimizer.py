@@ -484,7 +484,7 @@ class MeasuredOptimizer(Optimizer):
     @staticmethod
     def _carried(state_dict: dict[str, Any], key: str) -> dict[str, Any] | None:
         """What :meth:`_carry` has put there; None if there is nothing."""
-        places = (state_dict, *state_dict["param_groups"])
+        places = (state_dict, *state_dict.get("param_groups", ()))
         return next((place[key] for place in places if key in place), None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

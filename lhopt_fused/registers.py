@@ -265,7 +265,7 @@ def _own(value: torch.Tensor) -> torch.Tensor:
 
 
 def _checksum(value: torch.Tensor) -> int:
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _damaged(index: int, path: Path, problem: str) -> str:

@@ -127,6 +127,7 @@ def test_losses_are_means_of_what_was_observed() -> None:
         (torch.zeros(0), ValueError, r"one number, got a tensor of shape \(0,\)"),
         ("1.5", TypeError, "a loss must be one number or a tensor, got str"),
         ([1.5], TypeError, "a loss must be one number or a tensor, got list"),
+        (torch.tensor(1j), TypeError, "one real number, got a complex tensor"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss: Any, error: type[Exception], message: str) -> None:
@@ -473,8 +474,9 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
         LHOPT(make_params(), 9, outer_steps=1).load_state_dict(state)
     with pytest.raises(ValueError, match="has 0 restart registers, the optimizer 1"):
         LHOPT(make_params(), 8, restart_registers=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="not saved by LHOPT"):
-        LHOPT(make_params(), 8).load_state_dict(CIAO(make_params()).state_dict())
+    for foreign in ({}, CIAO(make_params()).state_dict()):
+        with pytest.raises(ValueError, match="not saved by LHOPT"):
+            LHOPT(make_params(), 8).load_state_dict(foreign)
 
 
 def test_copies_go_their_own_way() -> None:
