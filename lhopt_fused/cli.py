@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lhopt_fused.meta.command import meta_train
 from lhopt_fused.policy_command import policy_app
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     help="A PyTorch optimizer that measures itself at the speed of a fused kernel.",
 )
 app.add_typer(policy_app, name="policy")
+app.command("meta-train")(meta_train)
 _console = Console(highlight=False)
 
 _CHECKPOINT = "checkpoint.pt"

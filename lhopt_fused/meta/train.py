@@ -124,6 +124,21 @@ class MetaTraining:
         self._acting = self._weights()
         self._load()
 
+    @property
+    def updates(self) -> int:
+        """Updates done."""
+        return self._progress.updates
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all runs."""
+        return self._progress.seconds
+
+    @property
+    def log(self) -> Path:
+        """A line of JSON for each update."""
+        return self.folder / _LOG
+
     # ------------------------------------------------------------------ the run
 
     def run(
@@ -362,7 +377,7 @@ class MetaTraining:
         }
         if update.report is not None:
             row |= {f"validation_{name}": x for name, x in update.report.to_plain().items()}
-        with (self.folder / _LOG).open("a") as file:
+        with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _save_and_tell(self, on_save: Callable[[], None] | None) -> None:
@@ -421,14 +436,13 @@ class MetaTraining:
 
     def _forget_later_updates(self) -> None:
         """Take updates out of the log that are to be done again."""
-        path = self.folder / _LOG
-        if not path.is_file():
+        if not self.log.is_file():
             return
-        lines = path.read_text().splitlines(keepends=True)
+        lines = self.log.read_text().splitlines(keepends=True)
         kept = [line for line in lines if _update_of(line) <= self._progress.updates]
-        partial = path.with_suffix(".partial")
+        partial = self.log.with_suffix(".partial")
         partial.write_text("".join(kept))
-        partial.replace(path)
+        partial.replace(self.log)
 
     def _check_config(self, path: Path, plain: Mapping[str, Any]) -> None:
         """A run may go on for longer, or with other workers, but not with anything else."""
