@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, get_args
 
 import torch
@@ -11,6 +11,7 @@ from lhopt_fused.kernels import BackendName
 from lhopt_fused.meta.inner import InnerRuns, Settings, adamw_settings
 from lhopt_fused.meta.reward import sample_points
 from lhopt_fused.meta.tasks import TaskBatch
+from lhopt_fused.schedules import DEFAULT_OF_GRID, GRID, SCHEDULES, Schedule
 
 __all__ = [
     "DEFAULT_OF_GRID",
@@ -28,31 +29,8 @@ Baseline = Literal["adamw", "tuned"]
 """``adamw`` is torch's default, 1e-3 all along; ``tuned`` the best of a small grid of learning
 rates, each falling linearly to 0 over its budget, at several budgets."""
 
-Schedule = Callable[[float], float]
-
-SCHEDULES: Final[dict[str, Schedule]] = {
-    "constant": lambda progress: 1.0,
-    "multi_step": lambda progress: 0.1 ** ((progress >= 0.5) + (progress >= 0.75)),
-    "linear": lambda progress: 1.0 - progress,
-    "quadratic": lambda progress: (1.0 - progress) ** 2,
-    "exponential": lambda progress: 0.01**progress,
-    "cosine": lambda progress: 0.5 * (1.0 + _cos_pi(progress)),
-    "cosine_to_tenth": lambda progress: 0.1 + 0.45 * (1.0 + _cos_pi(progress)),
-}
-"""Learning rate schedules by name: the share of the peak against progress, 0 to 1."""
-
-GRID: Final = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Learning rates of the evaluation's baselines."""
-
-DEFAULT_OF_GRID: Final = GRID.index(1e-3) * len(SCHEDULES) + list(SCHEDULES).index("constant")
-"""Where torch's default, 1e-3 all along, stands among the configurations of the grid."""
-
 _TUNED_RATES: Final = (1e-3, 4e-3, 1.6e-2)
 _TUNED_BUDGETS: Final = (1 / 3, 2 / 3, 4 / 3)
-
-
-def _cos_pi(progress: float) -> float:
-    return float(torch.tensor(progress * torch.pi, dtype=torch.float64).cos())
 
 
 class Curves(NamedTuple):
