@@ -1,7 +1,7 @@
 """Meta-training episodes per hour: ``python -m benchmarks.episodes``.
 
-An episode is 300 inner steps of a small MLP with features at every fourth, 20 decisions of the
-policy, and its reward. The baseline of the reward is counted in; it is shared by the runs of a task.
+An episode is 300 inner steps of a small MLP with features at every fourth, 20 decisions of a
+policy, and its reward, whose baseline is counted in and shared by the runs of a task.
 """
 
 from __future__ import annotations
