@@ -65,16 +65,17 @@ def update_direction(
 
 
 @triton.jit
-def apply_kernel(
+def apply_chunk(
     chunks_ptr,
-    grads_ptr,  # int64 [T]
-    addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
-    coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    index,
+    grads_ptr,
+    addresses_ptr,
+    coefficients_ptr,
     tensor_state_ptr,
-    seed_ptr,  # int32 [2]
-    new_param_sq_ptr,  # float32 [rows], written where DELAYED
+    seed_ptr,
+    new_param_sq_ptr,
     PARAM_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    COPY_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
@@ -85,15 +86,15 @@ def apply_kernel(
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Apply what the moments pass deferred: 12 bytes an element read and 4 written for float32.
+    """The update of one chunk, computed again from p, m and v, with the same bits.
 
-    The update is computed again from p, m and v, with the same bits. The gradient is looked at only
-    where a tensor holds elements to be left out.
+    The gradient is looked at only where a tensor holds elements to be left out.
     """
-    tensor, start, length, row = load_chunk(chunks_ptr, tl.program_id(0))
+    index = tl.full([], 0, tl.int64) + index  # the interpreter counts in Python's integers
+    tensor, start, length, row = load_chunk(chunks_ptr, index)
     row_ptr = coefficients_ptr + tensor * COEFFICIENT_COLUMNS
-    if (tl.load(row_ptr + C_DEFERRED) == 0.0) | (tl.load(row_ptr + C_ACTIVE) == 0.0):
-        return
+    is_deferred = (tl.load(row_ptr + C_DEFERRED) != 0.0) & (tl.load(row_ptr + C_ACTIVE) != 0.0)
+    length = tl.where(is_deferred, length, 0)
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
     param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
     m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
@@ -131,7 +132,57 @@ def apply_kernel(
             kept = rounded.to(tl.float32)
             new_param_sq += tl.sum(kept * kept, axis=1)
     if DELAYED:
-        tl.store(new_param_sq_ptr + row, tl.sum(new_param_sq, axis=0))
+        tl.store(new_param_sq_ptr + row, tl.sum(new_param_sq, axis=0), mask=is_deferred)
+
+
+@triton.jit
+def any_waits(waits_ptr, tensors, BLOCK: tl.constexpr):
+    """Whether a tensor waits for its first trust ratio."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, tensors, BLOCK):
+        tensor = first + tl.arange(0, BLOCK)
+        found |= tl.load(waits_ptr + tensor, mask=tensor < tensors, other=0)
+    return tl.max(found, axis=0) != 0
+
+
+@triton.jit(do_not_specialize=["chunks", "tensors"])
+def apply_kernel(
+    chunks_ptr,
+    chunks,
+    waits_ptr,  # int32 [T]
+    tensors,
+    grads_ptr,  # int64 [T]
+    addresses_ptr,  # int64 [T, ADDRESS_COLUMNS]
+    coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
+    tensor_state_ptr,
+    seed_ptr,  # int32 [2]
+    new_param_sq_ptr,  # float32 [rows], written where DELAYED
+    PARAM_DTYPE: tl.constexpr,
+    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    STOCHASTIC: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ROOT_DENOMINATOR: tl.constexpr,
+    DECAY_IN_UPDATE: tl.constexpr,
+    MASKS: tl.constexpr,
+    DELAYED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Apply what the moments pass deferred: 12 bytes an element read and 4 written for float32.
+
+    A delayed trust ratio defers only the first step of a tensor. A few programs look whether there
+    is one and share its chunks; nearly always they end at once.
+    """
+    first, last = tl.program_id(0), tl.program_id(0) + 1
+    if DELAYED:
+        last = tl.where(any_waits(waits_ptr, tensors, 256), chunks, 0)
+    for index in range(first, last, tl.num_programs(0)):
+        apply_chunk(
+            chunks_ptr, index, grads_ptr, addresses_ptr, coefficients_ptr, tensor_state_ptr,
+            seed_ptr, new_param_sq_ptr, PARAM_DTYPE, COPY_DTYPE, STOCHASTIC, GRAD_DTYPE,
+            ROOT_DENOMINATOR, DECAY_IN_UPDATE, MASKS, DELAYED, ALIGNED, ROWS, VECTOR,
+        )  # fmt: skip
 
 
 @triton.jit

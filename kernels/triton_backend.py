@@ -9,7 +9,9 @@ whatever their number and groups; every scalar stays on the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +28,7 @@ except ImportError as error:
         "install lhopt-fused[triton], or choose backend='cpu' or 'reference'"
     ) from error
 
+from lhopt_fused.kernels import triton_launch
 from lhopt_fused.kernels.triton_features import (
     FEATURE_COLUMNS,
     NORM_COLUMNS,
@@ -39,6 +42,7 @@ from lhopt_fused.kernels.triton_tables import A_SIGNS
 
 __all__ = ["TritonBackend", "check_layout"]
 
+_LOG = logging.getLogger(__name__)
 _ALIGNMENT: Final = 16  # bytes of the widest access
 _data_ptr: Final[Callable[[Any], int]] = torch.Tensor.data_ptr
 _FEATURE_BLOCK: Final = 64  # tensors, or groups, at a time
@@ -49,6 +53,10 @@ class TritonBackend:
 
     ``step`` neither synchronises nor allocates once it has seen gradients of the same dtypes and
     alignment, so that it can be captured in a CUDA graph after a step outside of one.
+
+    Attributes:
+        compile_seconds: what compiling kernels has taken so far, or reading them from Triton's
+            cache: nearly all of it in the first step, and logged.
     """
 
     def __init__(self, layout: StepLayout) -> None:
@@ -60,6 +68,7 @@ class TritonBackend:
         """
         check_layout(layout)
         self.layout = layout
+        self.compile_seconds = 0.0
         is_cuda = layout.device.type == "cuda"
         self._on_device: contextlib.AbstractContextManager[Any] = (
             torch.cuda.device(layout.device) if is_cuda else contextlib.nullcontext()
@@ -67,9 +76,11 @@ class TritonBackend:
         with self._on_device:
             self._tables = DeviceTables(layout)
             self._pointers = _GradPointers(self._tables.grads)
-            self._features = self._feature_launches()
+            with self._compiling("features"):
+                self._features = self._feature_launches()
             arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
+            self._known: Sequence[torch.Tensor | None] | None = None
             self._plans: dict[Signature, StepPlan] = {}
             self._plan = self._plan_for(
                 Signature(
@@ -78,15 +89,26 @@ class TritonBackend:
                 )
             )
 
+    def knows(self, grads: list[torch.Tensor | None]) -> bool:
+        """Whether these gradients are where they were in the last step, and of the same dtype.
+
+        If so, a :meth:`step` with this very list comes next, and does not look again.
+        """
+        known = self._pointers.are(grads)
+        self._known = grads if known else None
+        return known
+
     @torch.no_grad()
     def step(
         self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
     ) -> None:
+        known, self._known = self._known, None
         with self._on_device:
-            pointers = _addresses(grads)
-            if self._pointers.differ(pointers):
+            if known is not grads and not self._pointers.are(grads):
+                pointers = _addresses(grads)
                 self._plan = self._plan_for(self._signature(grads, pointers))
-            self._pointers.upload(pointers)
+                self._pointers.see(grads, pointers)
+            self._pointers.upload()
             measured = statistics is not None
             for launch in self._plan.before[measured]:
                 launch()
@@ -108,6 +130,16 @@ class TritonBackend:
         with self._on_device:
             per_group(statistics)
             total(sums)
+
+    @contextlib.contextmanager
+    def _compiling(self, what: str) -> Iterator[None]:
+        """Say how long it takes to make the launches of ``what``."""
+        start, before = time.perf_counter(), triton_launch.Launch.made
+        yield
+        seconds = time.perf_counter() - start
+        self.compile_seconds += seconds
+        made = triton_launch.Launch.made - before
+        _LOG.info("%d kernels of %s ready after %.2f s", made, what, seconds)
 
     def _feature_launches(self) -> tuple[Launch, Launch]:
         device, groups = self._tables, len(self.layout.options)
@@ -153,7 +185,8 @@ class TritonBackend:
                         f"gradient {index} is {dtype}; backend 'triton' reads float32, bfloat16 "
                         "and float16: cast it, or choose backend='reference'"
                     )
-            self._plans[signature] = StepPlan(self.layout, self._tables, signature)
+            with self._compiling("a step"):
+                self._plans[signature] = StepPlan(self.layout, self._tables, signature)
         return self._plans[signature]
 
 
@@ -167,32 +200,39 @@ class _GradPointers:
     def __init__(self, table: torch.Tensor) -> None:
         """``table`` is int64 ``[T]`` and zero; 0 stands for a missing gradient."""
         self._table = table
+        self._seen: Any = None
         self._host: npt.NDArray[np.int64] = np.zeros(len(table), dtype=np.int64)
+        self._is_uploaded = True
         # Pinned memory for as long as a graph may read it; a capture itself must not allocate.
         self._captured: dict[bytes, torch.Tensor] = {}
         self._spare: torch.Tensor | None = self._pinned(np.zeros_like(self._host))
 
-    def differ(self, pointers: npt.NDArray[np.int64]) -> bool:
-        """Whether these are not the addresses of the last upload."""
-        return not np.array_equal(pointers, self._host)
+    def are(self, grads: Sequence[torch.Tensor | None]) -> bool:
+        """Whether these gradients are, by address and dtype, those that :meth:`see` saw last."""
+        return self._seen is not None and bool(_places(grads) == self._seen)
 
-    def upload(self, pointers: npt.NDArray[np.int64]) -> None:
+    def see(self, grads: Sequence[torch.Tensor | None], pointers: npt.NDArray[np.int64]) -> None:
+        """Take in gradients and their addresses, to be uploaded next."""
+        self._is_uploaded = self._is_uploaded and np.array_equal(pointers, self._host)
+        self._seen, self._host = _places(grads), pointers
+
+    def upload(self) -> None:
         """Bring the table up to date."""
         if self._table.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._table.copy_(self._pinned_for_ever(pointers), non_blocking=True)
-        elif self._captured or self.differ(pointers):
+            self._table.copy_(self._pinned_for_ever(), non_blocking=True)
+        elif self._captured or not self._is_uploaded:
             # torch reuses pinned memory only when the copy out of it is done
-            self._table.copy_(self._pinned(pointers), non_blocking=True)
+            self._table.copy_(self._pinned(self._host), non_blocking=True)
             if self._spare is None:
-                self._spare = self._pinned(pointers)
-        self._host = pointers
+                self._spare = self._pinned(self._host)
+        self._is_uploaded = True
 
     def _pinned(self, pointers: npt.NDArray[np.int64]) -> torch.Tensor:
         staged = torch.from_numpy(pointers)
         return staged.pin_memory() if self._table.is_cuda else staged
 
-    def _pinned_for_ever(self, pointers: npt.NDArray[np.int64]) -> torch.Tensor:
-        key = pointers.tobytes()
+    def _pinned_for_ever(self) -> torch.Tensor:
+        key = self._host.tobytes()
         if key not in self._captured:
             if self._spare is None:
                 raise RuntimeError(
@@ -200,20 +240,28 @@ class _GradPointers:
                     "call step() once between the captures"
                 )
             self._captured[key], self._spare = self._spare, None
-            self._captured[key].numpy()[:] = pointers
+            self._captured[key].numpy()[:] = self._host
         return self._captured[key]
+
+
+def _places(grads: Sequence[Any]) -> Any:
+    """Addresses and dtypes of gradients, to be compared, in the quickest form that there is.
+
+    None where one has no address, such as a sparse one.
+    """
+    try:
+        try:
+            return list(map(_data_ptr, grads)), [grad.dtype for grad in grads]
+        except TypeError:  # some gradients are missing
+            return [None if grad is None else (grad.data_ptr(), grad.dtype) for grad in grads]
+    except RuntimeError:
+        return None
 
 
 def _addresses(grads: Sequence[torch.Tensor | None]) -> npt.NDArray[np.int64]:
     """Where the gradients lie, 0 where one is missing; an empty one lies nowhere, but is there."""
-    count = len(grads)
-    try:
-        pointers = np.fromiter(map(_data_ptr, grads), dtype=np.int64, count=count)
-    except TypeError:  # some are None
-        present = (0 if g is None else g.data_ptr() or _ALIGNMENT for g in grads)
-        return np.fromiter(present, dtype=np.int64, count=count)
-    pointers[pointers == 0] = _ALIGNMENT
-    return pointers
+    present = (0 if grad is None else grad.data_ptr() or _ALIGNMENT for grad in grads)
+    return np.fromiter(present, dtype=np.int64, count=len(grads))
 
 
 def _is_aligned(pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 __all__ = ["COMPILE_OPTIONS", "INTERPRETED", "Launch"]
 
@@ -24,6 +24,8 @@ class Launch:
     ``do_not_specialize`` in the kernel, since its address may differ from that of the ``example``.
     """
 
+    made: ClassVar[int] = 0  # launches so far, in this process
+
     def __init__(
         self,
         kernel: Any,
@@ -34,6 +36,7 @@ class Launch:
         example: tuple[Any, ...] = (),
         num_warps: int = 4,
     ) -> None:
+        Launch.made += 1
         self._args, self._constants = args, tuple(constants.values())
         grid = (programs, 1, 1)
         if INTERPRETED:

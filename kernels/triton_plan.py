@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +35,8 @@ _THREADS: Final = 32 * NUM_WARPS
 _GRAD_ELEMENTS: Final = 16
 _STEP_ELEMENTS: Final = 8
 _MEASURED_ELEMENTS: Final = 4  # sixteen sums need registers too
+_CHUNKS: Final = object()  # stands for the number of chunks among a kernel's arguments
+_WAITING_PROGRAMS: Final = 1024  # of a pass that nearly always has nothing to do
 _GROUP_BLOCKS: Final = (16, 256)  # tensors of a group at a time in the preparing kernel
 _SUM_ROWS: Final = (16, 512)  # rows of partial sums at a time, for few and for many chunks
 
@@ -125,6 +128,7 @@ class DeviceTables:
         self.grads = torch.zeros(count, dtype=torch.int64, device=device)
         self.work = torch.zeros(count, tables.WORK_COLUMNS.value, dtype=torch.float64).to(device)
         self.coefficients = torch.zeros(count, tables.COEFFICIENT_COLUMNS.value).to(device)
+        self.waits = torch.zeros(count, dtype=torch.int32, device=device)
         self.seen = torch.zeros(len(layout.skipped_steps), dtype=torch.int32, device=device)
         shape = count, tables.STATISTICS_COLUMNS.value
         self.unused_statistics = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -247,8 +251,12 @@ class StepPlan:
         args: tuple[Any, ...],
         constants: dict[str, Any],
         elements: int,
+        programs: int = sys.maxsize,
     ) -> list[Launch]:
-        """One launch for whole vectors and one for the rest, where there are such chunks."""
+        """One launch for whole vectors and one for the rest, where there are such chunks.
+
+        At most so many programs: those of a kernel that shares out more chunks than that.
+        """
         launches = []
         for vector in sorted({self._vectors[tensor] for tensor in tensors}):
             for is_aligned, table in ((True, chunks.aligned), (False, chunks.ragged)):
@@ -260,8 +268,8 @@ class StepPlan:
                     launches.append(
                         Launch(
                             kernel,
-                            len(rows),
-                            (rows, *args),
+                            min(len(rows), programs),
+                            (rows, *(len(rows) if arg is _CHUNKS else arg for arg in args)),
                             {**constants, **tile},
                             num_warps=NUM_WARPS,
                         )
@@ -315,6 +323,7 @@ class StepPlan:
             layout.tensor_state,
             device.work,
             device.coefficients,
+            device.waits,
             layout.skipped_steps,
             device.seen,
         )
@@ -384,19 +393,23 @@ class StepPlan:
     def _apply_launches(self) -> list[Launch]:
         """The pass over tensors whose trust ratio may need their whole update first."""
         layout, device = self._layout, self._tables
-        delays = any(options.trust is Trust.DELAYED for options in layout.options)
-        launches = []
+        launches: list[Launch] = []
         for bucket, members in self._buckets.items():
-            tensors = [tensor for tensor in members if uses_trust(layout, tensor)]
-            constants = {
-                **bucket.constants(),
-                "MASKS": layout.masks_nonfinite,
-                "DELAYED": delays,
-            }
-            launches += self._chunk_launches(
-                apply_kernel, self._chunks, tensors, self._pass_args, constants, _STEP_ELEMENTS
-            )
-        if delays:
+            for kind, programs in ((Trust.EXACT, sys.maxsize), (Trust.DELAYED, _WAITING_PROGRAMS)):
+                launches += self._chunk_launches(
+                    apply_kernel,
+                    self._chunks,
+                    [t for t in members if uses_trust(layout, t) and self._trust(t) is kind],
+                    (_CHUNKS, device.waits, len(self._tensors), *self._pass_args),
+                    {
+                        **bucket.constants(),
+                        "MASKS": layout.masks_nonfinite,
+                        "DELAYED": kind is Trust.DELAYED,
+                    },
+                    _STEP_ELEMENTS,
+                    programs,
+                )
+        if any(options.trust is Trust.DELAYED for options in layout.options):
             first_row = torch.from_numpy(self._chunks.first_row).to(layout.device)
             inputs = first_row, device.traits, self._partials, device.work, layout.tensor_state
             rows, warps = _sums(self._chunks)
@@ -404,3 +417,6 @@ class StepPlan:
                 Launch(param_norm_kernel, len(self._tensors), inputs, rows, num_warps=warps)
             )
         return launches
+
+    def _trust(self, tensor: int) -> Trust:
+        return self._layout.options[self._layout.group_of[tensor]].trust

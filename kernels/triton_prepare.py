@@ -147,9 +147,21 @@ def clip_coefficient(norm, mode, scalar_ptr, state_ptr):
 
 @triton.jit
 def prepare_tensors(
-    tensor, inside, active, clip, traits, scalar_ptr, tensor_state_ptr, work_ptr, coefficients_ptr
+    tensor,
+    inside,
+    active,
+    clip,
+    traits,
+    scalar_ptr,
+    tensor_state_ptr,
+    work_ptr,
+    coefficients_ptr,
+    waits_ptr,
 ):
-    """Advance step and bias corrections of the tensors ``[BLOCK]``; write work and coefficients."""
+    """Advance step and bias corrections of the tensors ``[BLOCK]``; write work and coefficients.
+
+    ``waits`` says which need their first trust ratio although it is delayed from then on.
+    """
     state_ptr = tensor_state_ptr + tensor * STATE_COLUMNS
     step = tl.load(state_ptr + STEP, mask=active, other=0.0)
     before1 = tl.load(state_ptr + CORRECTION1, mask=active, other=1.0)
@@ -171,7 +183,8 @@ def prepare_tensors(
     trust = tl.where(delayed, trust, 1.0)
     warmup = tl.sqrt(2.0 / (2.0 - correction2) - 1.0)
     rate = tl.load(scalar_ptr + LR) * tl.where((traits & WARMS_UP) != 0, warmup, 1.0)
-    deferred = uses_trust & (((traits & DELAYS_TRUST) == 0) | first_step)
+    delays = (traits & DELAYS_TRUST) != 0
+    deferred = uses_trust & ((delays == 0) | first_step)
 
     row_ptr = work_ptr + tensor * WORK_COLUMNS
     tl.store(row_ptr + W_ACTIVE, active.to(tl.float64), mask=inside)
@@ -199,6 +212,8 @@ def prepare_tensors(
     tl.store(row_ptr + C_ACTIVE, active.to(tl.float32), mask=inside)
     tl.store(row_ptr + C_DEFERRED, deferred.to(tl.float32), mask=inside)
     tl.store(row_ptr + C_MASKED, tl.zeros_like(rate), mask=inside)
+    waits = active & deferred & delays
+    tl.store(waits_ptr + tensor, waits.to(tl.int32), mask=inside)
 
 
 @triton.jit
@@ -212,6 +227,7 @@ def prepare_kernel(
     tensor_state_ptr,
     work_ptr,
     coefficients_ptr,
+    waits_ptr,  # int32 [T]
     skipped_steps_ptr,  # int64 [R]
     seen_ptr,  # int32 [R]: whether this step has counted a gradient that is not finite
     SKIPS: tl.constexpr,
@@ -247,5 +263,5 @@ def prepare_kernel(
         traits = tl.load(traits_ptr + tensor, mask=inside, other=0)
         prepare_tensors(
             tensor, inside, active, clip, traits,
-            scalar_ptr, tensor_state_ptr, work_ptr, coefficients_ptr,
+            scalar_ptr, tensor_state_ptr, work_ptr, coefficients_ptr, waits_ptr,
         )  # fmt: skip

@@ -37,6 +37,7 @@ from lhopt_fused.types import (
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
+_EXP_AVG = operator.itemgetter("exp_avg")
 _ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
 
 
@@ -66,12 +67,15 @@ class _Run:
 
     def binds(self, params: list[torch.Tensor]) -> bool:
         """Whether it is these parameters, and they and their moments are where they were."""
-        return (
-            len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and self.param_pointers == _pointers(params)
-            and all(map(operator.is_, map(_exp_avg, self.states), self.layout.exp_avgs))
-        )
+        try:
+            return (
+                len(params) == len(self.params)
+                and all(map(operator.is_, params, self.params))
+                and self.param_pointers == _pointers(params)
+                and all(map(operator.is_, map(_EXP_AVG, self.states), self.layout.exp_avgs))
+            )
+        except KeyError:  # someone has taken a moment out of the state
+            return False
 
     def dense_grads(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Gradients as the backend reads them, checked whenever one has moved."""
@@ -100,10 +104,6 @@ class _Run:
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
-
-
-def _exp_avg(state: dict[str, Any]) -> object:
-    return state.get("exp_avg")
 
 
 class MeasuredOptimizer(Optimizer):
@@ -330,6 +330,14 @@ class MeasuredOptimizer(Optimizer):
     def backend(self) -> str:
         """The backend that steps the parameters: ``"reference"``, ``"cpu"`` or ``"triton"``."""
         return self._backend_name(self._all_params())
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling kernels, or reading them from a cache, has taken; logged at INFO too.
+
+        It is spent in the first step. Backends that come compiled need none.
+        """
+        return float(getattr(self._run.backend, "compile_seconds", 0.0)) if self._run else 0.0
 
     def _report_nonfinite(self, run: _Run) -> None:
         """Warn once or raise; on a GPU only ``"raise"`` waits for the device."""

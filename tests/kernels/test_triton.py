@@ -524,6 +524,34 @@ def test_large_tensors_have_64_bit_offsets() -> None:
     assert lengths.max() == size <= 2**15
 
 
+def test_compiling_is_timed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lhopt_fused.kernels.triton_backend")
+    layout = to_device(make_layout(StepOptions(), ((4,),)))
+    backend = get_backend("triton", layout)
+    first, messages = backend.compile_seconds, len(caplog.messages)
+    assert first > 0
+    assert [m.split(" ready")[0] for m in caplog.messages] == [
+        "2 kernels of features",
+        "6 kernels of a step",
+    ]
+    backend.step([torch.ones(4, device=DEVICE)])
+    assert (backend.compile_seconds, len(caplog.messages)) == (first, messages)
+    backend.step([torch.ones(4, device=DEVICE, dtype=torch.bfloat16)])
+    assert backend.compile_seconds > first
+
+
+def test_few_programs_share_the_chunks_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of delayed trust ratios; all others find nothing to do."""
+    from lhopt_fused.kernels import triton_plan
+
+    monkeypatch.setattr(triton_plan, "_WAITING_PROGRAMS", 2)
+    layout = make_layout(OPTIONS["lhopt_delayed"], ((5000, 3), (7,)))
+    grads = lambda step: make_grads(layout.params, step)  # noqa: E731
+    value = run(layout, "triton", grads, 2)
+    assert_same_run(value, run(layout, "reference", grads, 2))
+    assert_wrong_run_fails(value, layout, grads, 2)
+
+
 def test_bad_input() -> None:
     layout = to_device(make_layout(StepOptions(), ((4,),)))
     meta = replace(layout, params=[layout.params[0].to("meta")])
