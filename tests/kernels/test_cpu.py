@@ -51,9 +51,7 @@ START = {
     "lamb_min_trust": 1e-3,
     "lamb_max_trust": 10.0,
 }
-LHOPT = StepOptions(
-    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
-)
+LHOPT = StepOptions(Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True)
 CLIPS = itertools.cycle(Clip)
 OPTIONS = [
     StepOptions(
@@ -287,9 +285,7 @@ def test_rounds_at_random_as_defined(isa: str, dtype: torch.dtype, seed: int) ->
     """All finite numbers, times 1 - lr weight_decay, in two tensors and two steps."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     numbers = every[~every.isinf()]
-    layout = make_layout(
-        StepOptions(), shapes=((3,), numbers.shape), dtype=dtype, groups=1, lr=1.0
-    )
+    layout = make_layout(StepOptions(), shapes=((3,), numbers.shape), dtype=dtype, groups=1, lr=1.0)
     layout.params[1].copy_(numbers)
     layout = replace(layout, grad_signs=None, rounding="stochastic", rounding_seed=seed)
     backend = CpuBackend(layout)

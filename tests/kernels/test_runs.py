@@ -24,9 +24,7 @@ from lhopt_fused.types import (
 
 SHAPES = ((5, 7), (7,), (9, 3))
 RUNS = 4
-LHOPT = StepOptions(
-    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
-)
+LHOPT = StepOptions(Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True)
 OPTIONS = [LHOPT, StepOptions(), replace(LHOPT, trust=Trust.DELAYED), LHOPT]
 BASE = dict.fromkeys(SCALARS, 0.0) | {
     "lr": 1e-2,

@@ -121,9 +121,7 @@ class Recorded(NamedTuple):
         return triton.compile(self.source(), target=target, options=options)
 
 
-LHOPT = StepOptions(
-    Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
-)
+LHOPT = StepOptions(Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True)
 DELAYED = replace(LHOPT, trust=Trust.DELAYED)
 
 
