@@ -1,0 +1,41 @@
+"""The tasks of the evaluation, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from lhopt_fused.evaluation.task import Size, Task
+from lhopt_fused.evaluation.tasks.fashion import FashionAutoencoder, FashionCNN, FashionMLP
+from lhopt_fused.evaluation.tasks.language_model import LanguageModel, LanguageModelWide
+from lhopt_fused.evaluation.tasks.quadratic import NoisyQuadratic
+
+__all__ = ["TASKS", "load_task"]
+
+TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
+    kind.name: kind
+    for kind in (
+        LanguageModel,
+        LanguageModelWide,
+        FashionMLP,
+        FashionCNN,
+        FashionAutoencoder,
+        NoisyQuadratic,
+    )
+}
+"""Every task by its name; they take a size and the folder where the user's data sets are."""
+
+
+@lru_cache(maxsize=1)
+def load_task(name: str, size: Size, data_dir: Path | None) -> Task:
+    """A task with its data; the last one is kept, since runs of one task follow one another.
+
+    Raises:
+        ValueError: there is no such task.
+        DataError: its data is missing or damaged.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[name](size, data_dir)

@@ -1,0 +1,117 @@
+"""Language models over bytes, on text in the format of WikiText, in one pass over it."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Final
+
+import torch
+from torch import nn
+
+from lhopt_fused.demo.model import GPT, GPTConfig
+from lhopt_fused.evaluation.task import Batch, DataError, Scores, Size, Split, Task, find_data
+
+__all__ = ["LanguageModel", "LanguageModelWide"]
+
+_SOURCE: Final = (
+    "https://huggingface.co/datasets/Salesforce/wikitext: wikitext-2 as train.txt, valid.txt and "
+    "test.txt, or as wiki.train.tokens and so on; without the training text, valid.txt is "
+    "learned and test.txt is split in halves"
+)
+_FOLDERS: Final[dict[Size, tuple[str, ...]]] = {
+    "small": ("wikitext-2",),
+    "full": ("wikitext-103", "wikitext-2"),
+}
+_CONTEXT: Final[dict[Size, int]] = {"small": 64, "full": 512}
+_WINDOWS: Final[dict[Size, tuple[int, int, int]]] = {
+    "small": (16_000, 128, 1_024),
+    "full": (1_000_000, 512, 4_096),
+}
+"""Windows of the three splits, at most."""
+
+
+@lru_cache(maxsize=2)
+def _splits(size: Size, data_dir: Path | None) -> tuple[Batch, dict[Split, Batch]]:
+    """Disjoint windows of bytes, uint8 ``[N, context + 1]``."""
+    roots = [data_dir / name for name in _FOLDERS[size]] if data_dir is not None else []
+    folder = find_data("WikiText", roots, _SOURCE)
+    texts = [_read(folder, part) for part in ("valid", "test")]
+    has_training = any(path.exists() for path in _files(folder, "train"))
+    if has_training:
+        texts.insert(0, _read(folder, "train"))
+    else:
+        half = len(texts[1]) // 2
+        texts[1:] = [texts[1][:half], texts[1][half:]]
+    limits = zip(texts, _WINDOWS[size], strict=True)
+    train, policy_eval, report = (
+        _windows(text, _CONTEXT[size], at_most, folder) for text, at_most in limits
+    )
+    return (train,), {"policy_eval": (policy_eval,), "report": (report,)}
+
+
+def _files(folder: Path, part: str) -> list[Path]:
+    return [folder / name for name in (f"{part}.txt", f"wiki.{part}.tokens", f"wiki.{part}.raw")]
+
+
+def _read(folder: Path, part: str) -> bytes:
+    path = find_data("WikiText", _files(folder, part), _SOURCE)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _windows(text: bytes, context: int, at_most: int, folder: Path) -> torch.Tensor:
+    """Disjoint windows spread over a text."""
+    count = len(text) // (context + 1)
+    if count < 1:
+        raise DataError(
+            f"a text of {folder} has {len(text)} bytes, expected at least {2 * context + 2}; "
+            f"get it again from {_SOURCE}"
+        )
+    whole = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    windows = whole[: count * (context + 1)].view(count, context + 1)
+    return windows[torch.linspace(0, count - 1, min(at_most, count)).long()]
+
+
+class LanguageModel(Task):
+    """GPT over bytes. At the largest budget, four, the small text is read about once."""
+
+    name = "language_model"
+    metric = "bits_per_byte"
+    higher_is_better = False
+    eval_batch_size = 64
+    _models: ClassVar[dict[Size, GPTConfig]] = {
+        "small": GPTConfig(context=64, width=64, layers=2, heads=4),
+        "full": GPTConfig(context=512, width=512, layers=8, heads=8),
+    }
+
+    def __init__(self, size: Size, data_dir: Path | None) -> None:
+        training, held_out = _splits(size, data_dir)
+        small = size == "small"
+        batch = 16 if small else 32
+        super().__init__(training, held_out, steps=250 if small else 5_000, batch_size=batch)
+        self.config = self._models[size]
+
+    def make_model(self) -> nn.Module:
+        return GPT(self.config, seed=int(torch.randint(2**31, ()).item()))
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        assert isinstance(model, GPT)
+        return model.loss(batch[0].long())
+
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        nats = self.loss(model, batch).item()
+        return Scores(nats, {"bits_per_byte": nats / math.log(2)})
+
+
+class LanguageModelWide(LanguageModel):
+    """The same, twice as wide, to see speed-up against the size of the model."""
+
+    name = "language_model_wide"
+    _models: ClassVar[dict[Size, GPTConfig]] = {
+        "small": GPTConfig(context=64, width=128, layers=2, heads=4),
+        "full": GPTConfig(context=512, width=1_024, layers=8, heads=16),
+    }
