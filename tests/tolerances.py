@@ -78,6 +78,9 @@ STACKED_RUN: Final = Tolerance(1e-4, 1e-5)
 LEARNED_RUN: Final = Tolerance(1e-4)
 # hyperparameters under a learned policy, C++ against torch: logits differ by 1e-6, and training
 # carries that on over 8 outer steps; relative to each number
+BASELINE: Final = Tolerance(1e-5)
+# report losses of AdamW in a batch against torch.optim.AdamW on one task, after up to 40 steps in
+# float32: relative to the loss at the start
 STACKED_NETWORK: Final = Tolerance(1e-5)
 # float32 networks of a few layers beside torch's own; relative to the largest output
 DROPPED_SHARE: Final = Tolerance(0.0, 0.025)

@@ -114,7 +114,9 @@ class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[Any
             seen, infos = self._begin()
             return seen, np.zeros(self.num_envs), nothing, nothing.copy(), infos
         if not self.action_space.contains(actions):
-            raise ValueError(f"the actions are not in {self.action_space}")
+            raise ValueError(
+                f"the actions are no choices of {self.num_envs} runs in {self.single_action_space}"
+            )
         choices = torch.from_numpy(np.asarray(actions, dtype=np.int64))
         batch.act(*batch.shifts_of(choices.to(batch.inner.scalars.device)))
         features, infos = self._advance()

@@ -51,7 +51,7 @@ def pack(module: torch.nn.Module) -> Weights:
 
 
 def _unpacked(module: torch.nn.Module, weights: Weights) -> None:
-    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    module.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     module.eval()
 
 
@@ -182,9 +182,9 @@ class References(NamedTuple):
 
     def rewards(self, losses: NDArray[np.float64], total_steps: int) -> NDArray[np.float64]:
         """Log speed-up over the baseline, ``[R]``, of runs that ended at ``losses``."""
-        steps, points = torch.from_numpy(self.curve_steps), torch.from_numpy(self.curve_losses)
+        steps, points = torch.tensor(self.curve_steps), torch.tensor(self.curve_losses)
         curve = _fit(Curves(steps, points))
-        return speedup_reward(curve, torch.from_numpy(losses), total_steps).numpy()
+        return speedup_reward(curve, torch.tensor(losses), total_steps).numpy()
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class MetaTraining:
 
     def _learn(self, arrays: list[dict[str, Any]]) -> Update:
         parts = [
-            Episodes.from_tensors({name: torch.from_numpy(a) for name, a in part.items()})
+            Episodes.from_tensors({name: torch.tensor(array) for name, array in part.items()})
             for part in arrays
         ]
         metrics = self._learner.update(Episodes.concatenate(parts))

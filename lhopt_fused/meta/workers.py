@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -179,7 +180,7 @@ class RayWorkers(_Closing):
 
     Args:
         address: of the cluster as ``ray.init`` takes it; None starts one on this machine.
-        gpus: share of a GPU that a job needs.
+        gpus: how many GPUs a job needs.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -194,6 +195,8 @@ class RayWorkers(_Closing):
                 "Ray is not installed; pip install 'lhopt-fused[ray]', or use local workers"
             ) from error
         self._ray: Any = ray
+        if address is not None:
+            _check_answers(address)
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
         self._remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_MOST_TRIES - 1)(
@@ -210,6 +213,20 @@ class RayWorkers(_Closing):
     def close(self) -> None:
         """See :meth:`Workers.close`."""
         self._ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Whether something listens at ``host:port``, which Ray itself takes minutes to find out."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({error}); start one there with "
+            f"`ray start --head --port {port}`, or give 'local'"
+        ) from error
 
 
 def _run_single_thread(job: _Job[_T]) -> _T:

@@ -89,7 +89,7 @@ def test_overrides_replace_values_of_the_file():
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_key(override, words):
-    with pytest.raises(ValueError, match="tiny.toml") as caught:
+    with pytest.raises(ValueError, match=r"tiny\.toml") as caught:
         load_config("tiny", [override])
     assert f": {words}" in str(caught.value)
 
