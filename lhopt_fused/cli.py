@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -19,6 +17,7 @@ from rich.table import Table
 
 from lhopt_fused.meta.command import meta_train
 from lhopt_fused.policy_command import policy_app
+from lhopt_fused.stopping import stoppable
 
 if TYPE_CHECKING:
     from lhopt_fused.demo.run import RunConfig, Training
@@ -427,31 +426,6 @@ def _say(message: str) -> None:
     _console.print(message, markup=False, soft_wrap=True)
 
 
-class _StopRequest:
-    """Set by Ctrl-C or a termination signal, so that a run stops between two steps."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[_StopRequest]:
-    """Turn the first Ctrl-C into a request; a second one interrupts at once."""
-    request = _StopRequest()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, request) for number in numbers]
-    try:
-        yield request
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
-
-
 def _train(
     trainings: Sequence[Training], checkpoint: Path | None = None, files: Sequence[Path] = ()
 ) -> float:
@@ -468,7 +442,7 @@ def _train(
             save_checkpoint(checkpoint, trainings[0], [str(file) for file in files])
 
     begin = time.perf_counter()
-    with _stoppable() as stop, LiveView(_console, trainings) as view:
+    with stoppable() as stop, LiveView(_console, trainings) as view:
         while not (trainings[-1].is_done or stop.is_set):
             for training in trainings:
                 training.advance()
