@@ -123,6 +123,25 @@ LHOPT_INLINE F StoreParam(P* out, F p, F u, const Broadcast& c) {
   return Vec::Store(out, Vec::NegMulAdd(c.step_size, u, Vec::Mul(p, c.decay_factor)));
 }
 
+// Asks for what comes this many bytes after x..x + 2 vectors: less than the processor's own look
+// ahead, but across the borders of pages, and while the arithmetic keeps it busy.
+template <class T>
+LHOPT_INLINE void Prefetch(const T* x) {
+  constexpr int64_t kAhead = 512, kLine = 64;
+  const char* const ahead = reinterpret_cast<const char*>(x) + kAhead;
+  for (int64_t byte = 0; byte < 2 * Vec::kWidth * int64_t{sizeof(T)}; byte += kLine) {
+    __builtin_prefetch(ahead + byte);
+  }
+}
+
+template <class P, class G>
+LHOPT_INLINE void PrefetchStreams(const Slice& slice, int64_t i) {
+  Prefetch(static_cast<const P*>(slice.param) + i);
+  Prefetch(static_cast<const G*>(slice.grad) + i);
+  Prefetch(slice.exp_avg + i);
+  Prefetch(slice.exp_avg_sq + i);
+}
+
 // One vector of the step.
 template <class P, class G, Denominator kDenominator, bool kStatistics, Pass kPass>
 LHOPT_INLINE void UpdateVector(const Slice& slice, int64_t i, const Broadcast& c, LaneSums& sums) {
@@ -174,6 +193,7 @@ void Update(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
     const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, slice.size);
     const int64_t vectors = (end - i) / Vec::kWidth;
     for (int64_t pairs = vectors / 2; pairs > 0; --pairs, i += 2 * Vec::kWidth) {
+      if constexpr (Vec::kWidth > 1) PrefetchStreams<P, G>(slice, i);
       UpdateVector<P, G, kDenominator, kStatistics, kPass>(slice, i, c, lanes);
       UpdateVector<P, G, kDenominator, kStatistics, kPass>(slice, i + Vec::kWidth, c, lanes);
       lanes.log_abs_update.TakeExponent();
@@ -225,7 +245,14 @@ double SumOfSquares(const void* grad, int64_t size, float scale) {
     }
     total += Vec::Total(sums[0]) + Vec::Total(sums[1]) + Vec::Total(sums[2]) + Vec::Total(sums[3]);
   }
-  for (int64_t i = kStreams * stretch; i < size; ++i) {
+  int64_t i = kStreams * stretch;
+  F rest = Vec::Set(0.0f);
+  for (; i + Vec::kWidth <= size; i += Vec::kWidth) {
+    const F x = Vec::Mul(Vec::Load(g + i), scales);
+    rest = Vec::MulAdd(x, x, rest);
+  }
+  total += Vec::Total(rest);
+  for (; i < size; ++i) {
     const float x = ToFloat(g[i]) * scale;
     total += static_cast<double>(x * x);
   }

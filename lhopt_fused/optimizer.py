@@ -60,6 +60,7 @@ class _Run:
             self.layout, getattr(backend, "accumulate_features", None)
         )
         self.param_pointers = _pointers(params)
+        self.kinds = [(p.dtype, p.shape, p.stride(), p.device) for p in views.params]
         self.grad_pointers: list[int] | None = None
         self.knows_grads = getattr(backend, "knows", self._have_stayed)
         self.last_statistics: torch.Tensor | None = None
@@ -81,16 +82,30 @@ class _Run:
         """Gradients as the backend reads them, checked whenever one has moved."""
         if self.knows_grads(grads):
             return grads
-        for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-            if grad is not None:
-                check_grad(index, param, grad)
-        dense = [
-            None if grad is None else self.views.grad(index, grad)
+        unlike = [
+            (index, grad)
             for index, grad in enumerate(grads)
+            if grad is not None and not self._is_like_its_parameter(index, grad)
         ]
-        if any(x is not y for x, y in zip(dense, grads, strict=True)):
-            self.grad_pointers = None  # to be copied again in the next step
+        for index, grad in unlike:
+            check_grad(index, self.params[index], grad)
+        dense = list(grads) if unlike else grads
+        for index, grad in unlike:
+            dense[index] = self.views.grad(index, grad)
+            if dense[index] is not grad:
+                self.grad_pointers = None  # to be copied again in the next step
         return dense
+
+    def _is_like_its_parameter(self, index: int, grad: torch.Tensor) -> bool:
+        """Whether there is nothing to check or copy, as is the rule."""
+        dtype, shape, stride, device = self.kinds[index]
+        return (
+            grad.layout is torch.strided
+            and grad.dtype is dtype
+            and grad.shape == shape
+            and grad.stride() == stride
+            and grad.device == device
+        )
 
     def _have_stayed(self, grads: list[torch.Tensor | None]) -> bool:
         """Whether the gradients are where they were when this was asked last."""
