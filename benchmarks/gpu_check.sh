@@ -3,9 +3,13 @@
 #
 #   benchmarks/gpu_check.sh [FOLDER]
 #
-# Builds the extension in a temporary copy (nothing is installed), runs the tests marked gpu, the
-# step benchmarks, the same captured in CUDA graphs, and a short step under compute-sanitizer.
-# Logs, JSON, pictures and summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check).
+# Needs torch with CUDA, triton, a C++ compiler and Python's headers. What else it takes (numpy,
+# safetensors, typer, rich, matplotlib, pytest, hypothesis, pybind11, setuptools) is used as it is
+# there, or fetched by pip into a temporary folder; the environment is left as it is.
+#
+# Builds the extension in a temporary copy, runs the tests marked gpu, measures what the first step
+# waits for kernels to compile, the step benchmarks, the same captured in CUDA graphs, and runs a
+# short step under compute-sanitizer. Logs, JSON, pictures and summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check).
 # PYTHON names the interpreter. The exit status is 0 only if every check passed.
 set -uo pipefail
 
@@ -47,26 +51,53 @@ check() {
   record "$name" "$status" $((SECONDS - start))
 }
 
+fail() {
+  echo "gpu_check.sh: $*" >&2
+  exit 2
+}
+
+# What nothing here can bring.
 require() {
   local missing
   missing=$("$python" - <<'PYTHON'
+import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
-names = "torch triton numpy safetensors pybind11 setuptools pytest hypothesis typer rich matplotlib".split()
-missing = [name for name in names if find_spec(name) is None]
-missing += [] if which("c++") or which("g++") or which("clang++") else ["a C++ compiler"]
-if not missing:
+missing = [] if sys.version_info >= (3, 10) else ["Python 3.10 or newer"]
+missing += [name for name in ("torch", "triton") if find_spec(name) is None]
+if not any(map(which, ("c++", "g++", "clang++"))):
+    missing.append("a C++ compiler (package g++)")
+if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    missing.append("Python's headers (package python3-dev)")
+if "torch" not in missing:
     import torch
 
     missing += [] if torch.cuda.is_available() else ["a GPU that torch can use"]
 print(", ".join(missing))
 PYTHON
   ) || missing="a working $python"
-  if [[ -n $missing ]]; then
-    echo "gpu_check.sh: missing: $missing. Install it (or set PYTHON) and run this again." >&2
-    exit 2
-  fi
+  [[ -z $missing ]] || fail "missing: $missing. Install it (or set PYTHON) and run this again."
+}
+
+# Packages that are missing, into a folder that goes with the copy.
+bring() {
+  local missing
+  missing=$("$python" - <<'PYTHON'
+from importlib.util import find_spec
+
+names = "numpy safetensors pybind11 setuptools pytest hypothesis typer rich matplotlib".split()
+print(" ".join(name for name in names if find_spec(name) is None))
+PYTHON
+  )
+  [[ -n $missing ]] || return 0
+  echo "== fetching $missing"
+  # shellcheck disable=SC2086 # a list
+  "$python" -m pip install -q --target "$tree/site" $missing ||
+    fail "missing: $missing, and pip cannot fetch them here. Install them and run this again."
+  export PYTHONPATH="$tree/site${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # The package as it is installed, without installing it: kernels/ is lhopt_fused.kernels there.
@@ -77,6 +108,7 @@ copy_tree() {
 }
 
 require
+bring
 copy_tree || exit 2
 : >"$out/summary.txt"
 if git_dir=$(git -C "$root" rev-parse --absolute-git-dir 2>/dev/null); then
@@ -84,11 +116,13 @@ if git_dir=$(git -C "$root" rev-parse --absolute-git-dir 2>/dev/null); then
 fi
 export LHOPT_BUILD_JOBS="${LHOPT_BUILD_JOBS:-8}"
 
-# before pyproject.toml is there, which an old setuptools would stumble over
+# before pyproject.toml is there, which an old setuptools would stumble over; warnings of newer
+# versions of torch and Triton are not what is tested
 check build 150 "$python" setup.py build_ext --inplace
 cp "$root/pyproject.toml" "$tree"
-check tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/tests.xml" tests
-check step 180 "$python" -m benchmarks.run --device cuda --rounds 9 --out "$out"
+check tests 150 "$python" -m pytest -q -m gpu -W default --junitxml="$out/tests.xml" tests
+check compile 75 "$python" -m benchmarks.compile_time --out "$out"
+check step 150 "$python" -m benchmarks.run --device cuda --rounds 9 --out "$out"
 check graph 60 "$python" -m benchmarks.run --device cuda --graph --rounds 11 \
   --workloads gpt2-small,small-400 --out "$out"
 if command -v compute-sanitizer >/dev/null; then

@@ -17,6 +17,7 @@ import tolerances
 import torch
 from tolerances import Tolerance, assert_close
 
+from lhopt_fused import CIAO
 from lhopt_fused.features import ACCUMULATED, mean_features, step_norms, tensor_features
 from lhopt_fused.kernels import get_backend
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
@@ -604,6 +605,26 @@ if not INTERPRETED:
                 backend.step(grads)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("trust", ["exact", "delayed"])
+    def test_an_optimizer_does_not_synchronise(trust: str) -> None:
+        """Statistics, features and a learning rate that moves at every step included."""
+        params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in SHAPES]
+        optimizer = CIAO.lhopt(params, trust=trust, inner_feature_frequency=1)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(100):
+                optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_tensors_on_the_cpu_are_refused() -> None:
+        with pytest.raises(ValueError, match="CUDA device"):
+            get_backend("triton", make_layout(StepOptions(), ((4,),)))
 
     def test_a_tensor_of_more_than_2_31_elements() -> None:
         numel = 2**31 + 9
