@@ -9,8 +9,9 @@
 #
 # Builds the extension in a temporary copy, runs the tests marked gpu, measures what the first step
 # waits for kernels to compile, the step benchmarks, the same captured in CUDA graphs, and runs a
-# short step under compute-sanitizer. Logs, JSON, pictures and summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check).
-# PYTHON names the interpreter. The exit status is 0 only if every check passed.
+# short step under compute-sanitizer. Logs, JSON, pictures and summary.{txt,json} go to FOLDER
+# (default: benchmarks/results/gpu-check). PYTHON names the interpreter. The exit status is 0 only if
+# every check passed.
 set -uo pipefail
 
 readonly DEADLINE=470 # seconds after the start
