@@ -94,6 +94,10 @@ GRADIENT_NORM: Final = Tolerance(1e-4)
 CLONED_SHIFT: Final = Tolerance(0.0, 0.1)
 # mean log multipliers after a short cloning: the entropy bonus keeps them a little nearer to 0
 
+SPEEDUP: Final = Tolerance(1e-9, 1e-4)
+# budgets found on a curve, relative to the budget: its logarithm and back; the absolute one is for
+# losses in other units, whose drops of 1e-6 have lost ten digits
+
 
 def assert_close(
     value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, scale: float | torch.Tensor
