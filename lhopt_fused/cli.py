@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lhopt_fused.meta.command import meta_train
+from lhopt_fused.meta.judge_command import meta_ablate, meta_validate
 from lhopt_fused.policy_command import policy_app
 from lhopt_fused.stopping import stoppable
 
@@ -32,7 +33,12 @@ app = typer.Typer(
     help="A PyTorch optimizer that measures itself at the speed of a fused kernel.",
 )
 app.add_typer(policy_app, name="policy")
-app.command("meta-train")(meta_train)
+for _name, _command in (
+    ("meta-train", meta_train),
+    ("meta-validate", meta_validate),
+    ("meta-ablate", meta_ablate),
+):
+    app.command(_name)(_command)
 _console = Console(highlight=False)
 
 _CHECKPOINT = "checkpoint.pt"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lhopt_fused.meta.train import MetaTraining, Update
     from lhopt_fused.meta.workers import Workers
 
-__all__ = ["meta_train"]
+__all__ = ["bad_input", "meta_train"]
 
 _console = Console(highlight=False)
 _errors = Console(highlight=False, stderr=True)
@@ -66,11 +66,11 @@ def meta_train(
     changes += [f"minutes={minutes}"] if minutes is not None else []
     changes += [f"workers={workers}"] if workers is not None else []
     with contextlib.ExitStack() as stack:
-        with _bad_input(ValueError, OSError):
+        with bad_input(ValueError, OSError):
             chosen = _load_config(config, changes)
             folder = out if out is not None else Path("lhopt-runs") / f"meta-{chosen.name}"
             record = _prepare(stack, chosen, folder, ray, data_dir)
-        with _bad_input(FileNotFoundError):
+        with bad_input(FileNotFoundError):
             finished = _train(record)
     if not finished:
         raise typer.Exit(130)
@@ -226,7 +226,7 @@ class _Record:
 
 
 @contextlib.contextmanager
-def _bad_input(*kinds: type[Exception]) -> Iterator[None]:
+def bad_input(*kinds: type[Exception]) -> Iterator[None]:
     """Turn what a user can put right, a missing package or ``kinds``, into exit code 2."""
     try:
         yield

@@ -93,6 +93,19 @@ def draw_training(
     save_figure(figure, path)
 
 
+def draw_ablations(path: Path, rewards: Mapping[str, tuple[float, float, float]]) -> None:
+    """Mean log speed-up of each ablation, with its interval: mean, low and high by name."""
+    figure = Figure(figsize=(7.5, 0.4 * len(rewards) + 1.5), layout="constrained")
+    ax = figure.subplots()
+    for row, (mean, low, high) in enumerate(rewards.values()):
+        ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
+    ax.set_yticks(range(len(rewards)), list(rewards))
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_xlabel("mean log speed-up on new tasks, with a bootstrap 95 % interval")
+    save_figure(figure, path)
+
+
 def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """Episodes, and the finite values of a column there."""
     points = [

@@ -1,0 +1,168 @@
+"""The commands ``lhopt meta-validate`` and ``lhopt meta-ablate``: tables of what policies win."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lhopt_fused.meta.command import bad_input
+
+if TYPE_CHECKING:
+    from lhopt_fused.meta.ablate import Ablation
+    from lhopt_fused.meta.evaluate import Result
+    from lhopt_fused.meta.workers import LocalWorkers
+    from lhopt_fused.policy import LearnedPolicy
+
+__all__ = ["meta_ablate", "meta_validate"]
+
+_console = Console(highlight=False)
+
+
+class TrustName(str, Enum):
+    """Trust ratios of the inner optimizer."""
+
+    EXACT = "exact"
+    DELAYED = "delayed"
+
+
+_Settings = Annotated[int, typer.Option(min=1, help="Batches of new tasks.")]
+_Tasks = Annotated[int, typer.Option(min=1, help="Tasks in each.")]
+_Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+_DataDir = Annotated[
+    Path | None,
+    typer.Option(help="More data for the tasks, as it was given to meta-train.", exists=True),
+]
+
+
+def meta_validate(
+    policy: Annotated[str, typer.Argument(help="A built-in policy, or a policy file.")] = "default",
+    settings: _Settings = 60,
+    tasks: _Tasks = 6,
+    heldout: Annotated[int, typer.Option(help="Tasks of each held-out family and length.")] = 2,
+    trust: Annotated[
+        TrustName | None, typer.Option(help="Trust ratios; else as it was trained.")
+    ] = None,
+    workers: _Workers = 2,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("meta-validation"),
+    data_dir: _DataDir = None,
+) -> None:
+    """Play a policy on tasks that it never saw, and say how often it ends below AdamW."""
+    with bad_input(ValueError, OSError):
+        from lhopt_fused.meta.evaluate import (
+            evaluate,
+            heldout_settings,
+            new_settings,
+            trained_config,
+            write_results,
+        )
+
+        found = _learned(policy)
+        config, _ = trained_config(found)
+        parts = {"new tasks": new_settings(config, settings, tasks)}
+        if heldout:
+            parts["held-out families"] = heldout_settings(heldout)
+        out.mkdir(parents=True, exist_ok=True)
+        with _pool(workers) as pool:
+            for name, chosen in parts.items():
+                kind = trust.value if trust is not None else None
+                results = evaluate(found, chosen, pool, out, trust=kind, data_dir=data_dir)
+                _console.print(_share_table(name, results))
+                file = out / f"{found.name}-{name.replace(' ', '-')}.json"
+                write_results(results, file, {"policy": found.name, "commit": found.commit})
+    _console.print(f"written to {out}/")
+
+
+def meta_ablate(
+    config: Annotated[str, typer.Argument(help="As for meta-train.")] = "cpu",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names of ablations; all of them if not given.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Training of each.")] = 30.0,
+    settings: _Settings = 40,
+    tasks: _Tasks = 6,
+    workers: _Workers = 2,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("lhopt-runs/ablations"),
+    data_dir: _DataDir = None,
+) -> None:
+    """Train policies without one thing at a time, and say what each is worth.
+
+    Run it again to go on where it was."""
+    with bad_input(ValueError, OSError):
+        import torch
+
+        from lhopt_fused.meta.ablate import ABLATIONS, ablate
+        from lhopt_fused.meta.config import load_config
+        from lhopt_fused.meta.figure import draw_ablations
+
+        torch.set_num_threads(1)
+        chosen = load_config(config, [f"minutes={minutes}"])
+        with _pool(workers) as pool:
+            done = ablate(
+                chosen,
+                only or list(ABLATIONS),
+                out,
+                pool,
+                settings=settings,
+                tasks=tasks,
+                data_dir=data_dir,
+            )
+        _console.print(_ablation_table(done))
+        picture = out / "ablations.png"
+        draw_ablations(picture, {ablation.name: ablation.reward() for ablation in done})
+    _console.print(f"Picture: {picture}")
+
+
+def _learned(policy: str) -> LearnedPolicy:
+    """Raises ValueError for a rule, which was trained on nothing."""
+    from lhopt_fused.policy import LearnedPolicy, load_policy
+
+    found = load_policy(policy)
+    if not isinstance(found, LearnedPolicy):
+        raise ValueError(f"{policy} is a rule; only learned policies can be validated")
+    return found
+
+
+def _pool(count: int) -> LocalWorkers:
+    from lhopt_fused.meta.workers import LocalWorkers
+
+    return LocalWorkers(count)
+
+
+def _share_table(title: str, results: Sequence[Result]) -> Table:
+    """Shares of the tasks won, by family and in all, with bootstrap 95 % intervals."""
+    from lhopt_fused.meta.evaluate import OPPONENTS, by_family, shares
+
+    table = Table(title=f"Share of {title} on which the policy ends below")
+    for heading in ("family", "tasks", *OPPONENTS):
+        table.add_column(heading, justify="left" if heading == "family" else "right")
+    for name, group in [*by_family(results).items(), ("all", list(results))]:
+        won = shares(group)
+        count = next(iter(won.values())).tasks
+        table.add_row(name, str(count), *(str(won[opponent]) for opponent in OPPONENTS))
+    table.caption = "; ".join(f"{name}: {meaning}" for name, meaning in OPPONENTS.items())
+    return table
+
+
+def _ablation_table(done: Sequence[Ablation]) -> Table:
+    """Mean rewards and shares won, with bootstrap 95 % intervals."""
+    from lhopt_fused.meta.evaluate import OPPONENTS, shares
+
+    table = Table(title="What each part of the training is worth")
+    for heading in ("ablation", "episodes", "log speed-up", *OPPONENTS):
+        table.add_column(heading, justify="left" if heading == "ablation" else "right")
+    for ablation in done:
+        mean, low, high = ablation.reward()
+        won = shares(ablation.results)
+        table.add_row(
+            ablation.name,
+            f"{ablation.episodes:,}",
+            f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            *(str(won[opponent]) for opponent in OPPONENTS),
+        )
+    return table

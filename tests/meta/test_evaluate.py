@@ -1,0 +1,141 @@
+"""Meta-validation of policy files, and ablations."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from meta.runs import Inline, small
+from typer.testing import CliRunner
+
+from lhopt_fused.cli import app
+from lhopt_fused.meta import judge_command
+from lhopt_fused.meta.ablate import ABLATIONS, Ablation, ablate
+from lhopt_fused.meta.config import START_HYPERPARAMETERS
+from lhopt_fused.meta.control import HandControl
+from lhopt_fused.meta.evaluate import (
+    OPPONENTS,
+    Result,
+    evaluate,
+    heldout_settings,
+    new_settings,
+    shares,
+    trained_config,
+    write_results,
+)
+from lhopt_fused.meta.figure import draw_ablations
+from lhopt_fused.meta.jobs import make_network
+from lhopt_fused.meta.setting import Setting
+from lhopt_fused.meta.tasks import HELDOUT
+from lhopt_fused.policy import LearnedPolicy, save_policy
+
+CONFIG = small()
+CONTROL = HandControl(0.03, "linear")
+
+
+def policy(**trained_on: object) -> LearnedPolicy:
+    torch.manual_seed(0)
+    about = {"config": CONFIG.to_plain(), "control": CONTROL.to_plain(), **trained_on}
+    return LearnedPolicy.from_network(
+        make_network(CONFIG),
+        name="small",
+        action_space=CONFIG.policy.action_space,
+        start_hyperparameters={**START_HYPERPARAMETERS, "lr": 0.03},
+        trained_on=about,
+    )
+
+
+def result(won: list[float], reward: float = 0.0) -> Result:
+    table = {name: np.array(won) for name in OPPONENTS}
+    setting = Setting("clusters", 0, len(won), 1, 20, 4)
+    return Result(setting, np.full(len(won), reward), table)
+
+
+def test_shares_are_over_tasks_and_their_intervals_over_settings():
+    certain = shares([result([1.0, 1.0]), result([1.0])])
+    assert all((s.value, s.low, s.high, s.tasks) == (1, 1, 1, 3) for s in certain.values())
+    mixed = shares([result([1.0, 0.5]), result([0.0])] * 20)["tuned"]
+    assert mixed.value == pytest.approx(0.5)
+    assert 0.2 < mixed.low < 0.5 < mixed.high < 0.8
+    few = shares([result([1.0, 0.5]), result([0.0])] * 2)["tuned"]
+    assert few.high - few.low > mixed.high - mixed.low  # fewer settings say less
+    assert str(certain["default"]) == "100% [100%, 100%]"
+
+
+def test_new_settings_are_longer_than_what_was_trained_on():
+    settings = new_settings(CONFIG, 200, 3)
+    assert {setting.runs for setting in settings} == {3}
+    longest = max(setting.outer_steps for setting in settings)
+    assert CONFIG.tasks.outer_steps[1] < longest <= 2 * CONFIG.tasks.outer_steps[1]
+    assert len({setting.seed for setting in settings}) == 200
+    assert settings[:5] == new_settings(CONFIG, 5, 3)
+
+
+def test_held_out_families_come_at_three_lengths():
+    settings = heldout_settings(2)
+    for family in HELDOUT:
+        assert len({s.total_steps for s in settings if s.family == family}) == 3
+
+
+def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
+    workers = Inline()
+    settings = new_settings(CONFIG, 2, 3)
+    results = evaluate(policy(), settings, workers, tmp_path)
+    assert [r.setting for r in results] == settings
+    assert all(r.won[name].shape == r.reward.shape == (3,) for r in results for name in OPPONENTS)
+    assert all((r.won["tuned"] <= r.won["default"]).all() for r in results)
+    assert workers.counts["FindReferences"] == 2
+    evaluate(policy(), settings, workers, tmp_path, trust="delayed")
+    assert workers.counts["FindReferences"] == 4  # its hand control is another one
+    write_results(results, tmp_path / "results.json", {"policy": "small"})
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert plain["policy"] == "small"
+    assert plain["settings"][1]["beats_control"] == results[1].won["control"].tolist()
+
+
+def test_a_policy_that_does_not_say_what_it_was_trained_on_is_refused():
+    with pytest.raises(ValueError, match="does not say what it was trained on"):
+        trained_config(policy(config=None))
+
+
+def test_the_command_prints_a_table_and_writes_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_command, "_pool", lambda count: nullcontext(Inline()))
+    file = tmp_path / "small.safetensors"
+    save_policy(policy(), file)
+    options = ["--settings", "2", "--tasks", "2", "--heldout", "0", "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(app, ["meta-validate", str(file), *options])
+    assert run.exit_code == 0, run.output
+    assert "all" in run.output
+    assert (tmp_path / "out" / "small-new-tasks.json").is_file()
+    refused = CliRunner().invoke(app, ["meta-validate", "cosine"])
+    assert refused.exit_code == 2
+    assert "only learned policies" in refused.output
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_each_ablation_takes_one_thing_away(name: str):
+    changed = ABLATIONS[name](CONFIG)
+    fields = [f for f in CONFIG.to_plain() if changed.to_plain()[f] != CONFIG.to_plain()[f]]
+    assert len(fields) == (0 if name == "everything" else 1)
+
+
+def test_ablations_are_trained_and_judged_alike(tmp_path):
+    config = replace(CONFIG, updates=1)
+    names = ["everything", "progress only", "no memory"]
+    done = ablate(config, names, tmp_path, Inline(), settings=2, tasks=2)
+    assert [ablation.name for ablation in done] == names
+    assert all(len(ablation.results) == 2 for ablation in done)
+    draw_ablations(tmp_path / "ablations.png", {a.name: a.reward() for a in done})
+    assert (tmp_path / "ablations.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="there is no ablation 'no luck'"):
+        ablate(config, ["no luck"], tmp_path, Inline())
+
+
+def test_the_interval_of_a_reward_holds_its_mean():
+    mean, low, high = Ablation("x", [result([1.0], reward) for reward in (0, 1, 2)], 0).reward()
+    assert mean == 1.0
+    assert 0 <= low < mean < high <= 2
