@@ -128,7 +128,7 @@ def _train(record: _Record) -> bool:
     training = record.training
     _say_where(training)
     try:
-        with record.view:
+        with record.view.shown():
             policy = training.run(record.update, record.draw)
     except Stopped:
         if not training.updates:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import TracebackType
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -62,17 +62,11 @@ class TrainingView:
         self._validated: list[Update] = []
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
-    def __enter__(self) -> TrainingView:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """On the terminal, for the time of a ``with`` block."""
+        with self._live:
+            yield
         self._console.line()
 
     def begin(self, phase: str, jobs: int) -> None:
