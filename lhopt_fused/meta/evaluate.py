@@ -80,13 +80,13 @@ def trained_config(policy: LearnedPolicy) -> tuple[MetaConfig, HandControl]:
     Raises:
         ValueError: the policy does not say; it was not made by meta-training.
     """
-    plain = policy.trained_on.get("config"), policy.trained_on.get("control")
-    if not all(isinstance(value, dict) for value in plain):
+    config, control = (policy.trained_on.get(name) for name in ("config", "control"))
+    if not isinstance(config, dict) or not isinstance(control, dict):
         raise ValueError(
             f"policy {policy.name!r} does not say what it was trained on; only policies made by "
             "`lhopt meta-train` can be compared with their hand control"
         )
-    return config_from_plain(plain[0]), HandControl(**plain[1])
+    return config_from_plain(config), HandControl(**control)
 
 
 def new_settings(config: MetaConfig, count: int, tasks: int) -> list[Setting]:

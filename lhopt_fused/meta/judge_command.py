@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,13 +23,7 @@ __all__ = ["meta_ablate", "meta_validate"]
 _console = Console(highlight=False)
 
 
-class TrustName(str, Enum):
-    """Trust ratios of the inner optimizer."""
-
-    EXACT = "exact"
-    DELAYED = "delayed"
-
-
+TrustName = Literal["exact", "delayed"]
 _Settings = Annotated[int, typer.Option(min=1, help="Batches of new tasks.")]
 _Tasks = Annotated[int, typer.Option(min=1, help="Tasks in each.")]
 _Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
@@ -70,8 +63,7 @@ def meta_validate(
         out.mkdir(parents=True, exist_ok=True)
         with _pool(workers) as pool:
             for name, chosen in parts.items():
-                kind = trust.value if trust is not None else None
-                results = evaluate(found, chosen, pool, out, trust=kind, data_dir=data_dir)
+                results = evaluate(found, chosen, pool, out, trust=trust, data_dir=data_dir)
                 _console.print(_share_table(name, results))
                 file = out / f"{found.name}-{name.replace(' ', '-')}.json"
                 write_results(results, file, {"policy": found.name, "commit": found.commit})
