@@ -11,6 +11,10 @@ from lhopt_fused.evaluation.task import Size, Task
 from lhopt_fused.evaluation.tasks.fashion import FashionAutoencoder, FashionCNN, FashionMLP
 from lhopt_fused.evaluation.tasks.language_model import LanguageModel, LanguageModelWide
 from lhopt_fused.evaluation.tasks.quadratic import NoisyQuadratic
+from lhopt_fused.evaluation.tasks.recommendation import GMF, NeuMF
+from lhopt_fused.evaluation.tasks.resnet import ResNet
+from lhopt_fused.evaluation.tasks.sentiment import SentimentLSTM, SentimentTransformer
+from lhopt_fused.evaluation.tasks.speech import SpeechCTC, SpeechKeyword
 
 __all__ = ["TASKS", "load_task"]
 
@@ -21,6 +25,13 @@ TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
         LanguageModelWide,
         FashionMLP,
         FashionCNN,
+        ResNet,
+        GMF,
+        NeuMF,
+        SentimentLSTM,
+        SentimentTransformer,
+        SpeechKeyword,
+        SpeechCTC,
         FashionAutoencoder,
         NoisyQuadratic,
     )

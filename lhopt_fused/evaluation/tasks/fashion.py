@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections import OrderedDict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -39,12 +39,11 @@ def read_idx(path: Path) -> torch.Tensor:
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; get it again from {_SOURCE}") from error
-    dimensions = raw[3] if len(raw) > 4 else 0
-    shape = np.frombuffer(raw[4 : 4 + 4 * dimensions], dtype=">i4").tolist()
-    start = 4 + 4 * dimensions
-    if raw[:3] != b"\0\0\x08" or len(shape) < dimensions or len(raw) - start != math.prod(shape):
+    start = 4 + 4 * (raw[3] if len(raw) > 3 else 0)
+    shape = [int.from_bytes(raw[place : place + 4], "big") for place in range(4, start, 4)]
+    if raw[:3] != b"\0\0\x08" or not shape or not 0 < len(raw) - start == math.prod(shape):
         raise DataError(
             f"{path} is damaged: expected an IDX header and {math.prod(shape)} bytes, found "
             f"{len(raw)} bytes that begin with {raw[:4].hex()}; get it again from {_SOURCE}"
