@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lhopt_fused.evaluation.command import evaluate
 from lhopt_fused.meta.command import meta_train
 from lhopt_fused.meta.judge_command import meta_ablate, meta_validate
 from lhopt_fused.policy_command import policy_app
@@ -37,6 +38,7 @@ for _name, _command in (
     ("meta-train", meta_train),
     ("meta-validate", meta_validate),
     ("meta-ablate", meta_ablate),
+    ("eval", evaluate),
 ):
     app.command(_name)(_command)
 _console = Console(highlight=False)
@@ -138,7 +140,7 @@ def train(
         str | None,
         typer.Option(
             help="What moves LHOPT's hyperparameters: a name of `lhopt policy list`, or a "
-            "policy file; cosine if not given."
+            "policy file; default, a learned one, if not given."
         ),
     ] = None,
     steps: StepsOption = 1000,

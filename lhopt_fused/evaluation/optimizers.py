@@ -264,7 +264,7 @@ _CONTROL_RATES: Final = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 CONTENDERS: Final[dict[str, Contender]] = {
     "adamw": Contender(
-        "AdamW", _adamw, _grid(GRID, list(SCHEDULES)), {"lr": 1e-3, "schedule": "constant"}
+        "AdamW, tuned", _adamw, _grid(GRID, list(SCHEDULES)), {"lr": 1e-3, "schedule": "constant"}
     ),
     "schedule_free": Contender(
         "Schedule-Free AdamW",

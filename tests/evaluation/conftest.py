@@ -8,6 +8,7 @@ import pytest
 from evaluation.toys import Toy
 from policy.conftest import one_thread
 
+from lhopt_fused.evaluation.campaign import _digest
 from lhopt_fused.evaluation.tasks import TASKS, load_task
 
 __all__ = ["one_thread", "toy"]
@@ -17,6 +18,7 @@ __all__ = ["one_thread", "toy"]
 def toy() -> Iterator[Toy]:
     """Registered as ``toy``."""
     load_task.cache_clear()
+    _digest.cache_clear()
     TASKS["toy"] = Toy
     yield Toy()
     del TASKS["toy"]
