@@ -47,6 +47,8 @@ class Entry:
         label: of the optimizer.
         rows: by seed.
         speedup: over tuned and default AdamW; None where these were not run.
+        by_the_clock: speed-up over tuned AdamW in time: that in steps by how long a step takes;
+            NaN where it is not known.
         margin: in deviations of tuned AdamW.
         wins: against "default", "tuned" and "median" AdamW.
     """
@@ -54,6 +56,7 @@ class Entry:
     label: str
     rows: Sequence[Row]
     speedup: Mapping[str, Interval | None]
+    by_the_clock: float
     margin: float
     wins: Mapping[str, float]
 
@@ -69,7 +72,7 @@ class Entry:
     @property
     def step_milliseconds(self) -> float:
         """Of a whole training step; the median over seeds."""
-        return _milliseconds([row.result.seconds / row.result.steps for row in self.rows])
+        return _step_milliseconds(self.rows)
 
     @property
     def optimizer_milliseconds(self) -> float:
@@ -145,10 +148,15 @@ class TaskSummary:
             known = len(budgets) > 1 and label not in (DEFAULT, TUNED)
             speedup[which] = bootstrap_speedup(losses, budgets, baseline) if known else None
         opponents = self._opponents()
+        over_tuned, by_the_clock = speedup["tuned"], math.nan
+        if over_tuned is not None:
+            relative = _step_milliseconds(self.best[TUNED]) / _step_milliseconds(rows)
+            by_the_clock = over_tuned.value * relative
         return Entry(
             label,
             rows,
             speedup,
+            by_the_clock,
             margin(losses, opponents.get("tuned", [])),
             {name: win(losses, other) for name, other in opponents.items()},
         )
@@ -245,6 +253,10 @@ def _mean(values: Sequence[float]) -> float:
 def _median(values: Sequence[Interval | None]) -> float:
     known = [value.value for value in values if value is not None]
     return float(np.median(known)) if known else math.nan
+
+
+def _step_milliseconds(rows: Sequence[Row]) -> float:
+    return _milliseconds([row.result.seconds / row.result.steps for row in rows])
 
 
 def _milliseconds(seconds: Sequence[float]) -> float:

@@ -25,11 +25,14 @@ TUNED_LOSSES = {0.5: 3.0, 1.0: 2.0, 2.0: 1.5, 4.0: 1.25}
 
 
 def result(loss: float, eval_loss: float | None = None, trajectory: bool = False) -> RunResult:
+    """Ten steps of 0.1 seconds; of 0.2 under a policy."""
     last = loss if eval_loss is None else eval_loss
     curve = [CurvePoint(0, 0.0, math.nan, 9.0), CurvePoint(5, 1.0, 8.0, 2 * last)]
     curve.append(CurvePoint(10, 2.0, 4.0, last))
     moves = [[0.5, *[1e-3] * 8], [1.0, *[1e-4] * 7, math.nan]] if trajectory else []
-    return RunResult(10, loss, {"accuracy": 1 - loss / 10}, last, curve, 2.0, 0.5, moves)
+    return RunResult(
+        10, loss, {"accuracy": 1 - loss / 10}, last, curve, 1.0 + trajectory, 0.5, moves
+    )
 
 
 def made() -> list[Row]:
@@ -58,6 +61,8 @@ def test_a_task_is_summed_up() -> None:
     assert policy.speedup["tuned"].value == pytest.approx(2.0)
     assert policy.speedup["default"] is not None
     assert policy.speedup["default"].value == pytest.approx(2 * 2**0.5)  # halfway from 2 to 1
+    assert policy.by_the_clock == pytest.approx(1.0)  # steps take twice as long
+    assert math.isnan(entries[TUNED].by_the_clock)
     assert policy.margin == pytest.approx(5.0)  # 0.5 of 0.1
     assert policy.wins == {"default": 1.0, "tuned": 1.0, "median": 1.0}
     assert entries[TUNED].margin == 0.0

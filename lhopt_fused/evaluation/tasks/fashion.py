@@ -9,7 +9,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import nn
@@ -86,6 +86,16 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
 
 
 class _FashionClassification(Classification):
+    small_steps: ClassVar[int]
+    small_width: ClassVar[int]
+    full_width: ClassVar[int]
+
+    def __init__(self, size: Size, data_dir: Path | None) -> None:
+        training, held_out = _splits(size, data_dir)
+        steps = self.small_steps if size == "small" else 4_000
+        super().__init__(training, held_out, steps=steps, batch_size=64)
+        self.width = self.small_width if size == "small" else self.full_width
+
     def inputs(self, raw: torch.Tensor) -> torch.Tensor:
         """Centred and of about unit variance."""
         return (_unit(raw) - 0.286) / 0.353
@@ -95,12 +105,7 @@ class FashionMLP(_FashionClassification):
     """Two hidden layers."""
 
     name = "fashion_mlp"
-
-    def __init__(self, size: Size, data_dir: Path | None) -> None:
-        training, held_out = _splits(size, data_dir)
-        small = size == "small"
-        super().__init__(training, held_out, steps=400 if small else 4_000, batch_size=64)
-        self.width = 128 if small else 1_024
+    small_steps, small_width, full_width = 400, 128, 1_024
 
     def make_model(self) -> nn.Module:
         width = self.width
@@ -113,12 +118,7 @@ class FashionCNN(_FashionClassification):
     """Three convolutions without normalisation."""
 
     name = "fashion_cnn"
-
-    def __init__(self, size: Size, data_dir: Path | None) -> None:
-        training, held_out = _splits(size, data_dir)
-        small = size == "small"
-        super().__init__(training, held_out, steps=250 if small else 4_000, batch_size=64)
-        self.width = 8 if small else 64
+    small_steps, small_width, full_width = 250, 8, 64
 
     def make_model(self) -> nn.Module:
         width = self.width

@@ -119,12 +119,9 @@ def _mean_of(outputs: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 class _Sentiment(Classification):
-    small_steps: int
-    full_steps: int
-
     def __init__(self, size: Size, data_dir: Path | None) -> None:
         training, held_out, self.words = _splits(data_dir)
-        steps = self.small_steps if size == "small" else self.full_steps
+        steps = 200 if size == "small" else 2_000
         super().__init__(training, held_out, steps=steps, batch_size=32)
         self.width = 32 if size == "small" else 256
 
@@ -133,7 +130,6 @@ class SentimentLSTM(_Sentiment):
     """A bidirectional LSTM."""
 
     name = "sentiment_lstm"
-    small_steps, full_steps = 200, 2_000
 
     def make_model(self) -> nn.Module:
         return _LSTM(self.words, self.width)
@@ -143,7 +139,6 @@ class SentimentTransformer(_Sentiment):
     """A transformer of two or four layers."""
 
     name = "sentiment_transformer"
-    small_steps, full_steps = 200, 2_000
 
     def make_model(self) -> nn.Module:
         return _Transformer(self.words, self.width, 2 if self.width == 32 else 4)
