@@ -319,6 +319,23 @@ def test_speakers_are_held_out(data_dir: Path) -> None:
     assert parts["report"].speakers.unique().tolist() == [3]
 
 
+def test_what_a_microphone_adds_is_taken_out(tmp_path: Path) -> None:
+    """Twice as loud is a constant in the logarithm."""
+    files.write_digits(tmp_path)
+    folder = tmp_path / "recordings"
+    path, louder = folder / "7_ann_0.wav", folder / "7_ann_2.wav"
+    raw = path.read_bytes()
+    sound = np.frombuffer(raw[44:], dtype="<i2") * 2
+    louder.write_bytes(raw[:44] + sound.astype("<i2").tobytes())
+    found = speech.read_recordings(folder, 1000)
+    ann = (found.speakers == 0) & (found.digits == 7)
+    one, _, other = found.features[ann]
+    there = int(found.frames[ann][0])
+    assert one[:there].mean(0).abs().max() < 1e-5
+    assert one[:there].square().mean() == pytest.approx(1.0, rel=1e-4)
+    assert (one - other).abs().mean() < 0.05
+
+
 def test_a_tone_is_where_it_should_be() -> None:
     """Bands are evenly spread in mel: 1 kHz is 1000 mel, of 2146 in 33 steps."""
     time = torch.arange(8_000) / 8_000
@@ -349,7 +366,7 @@ def test_the_error_rate_of_a_perfect_and_of_a_silent_recogniser(data_dir: Path) 
             self.speaks = nn.Parameter(torch.tensor(float(speaks)))
 
         def forward(self, features: torch.Tensor) -> torch.Tensor:
-            path = torch.full((len(features), (features.shape[1] + 1) // 2), 10)
+            path = torch.full((len(features), (features.shape[1] + 3) // 4), 10)
             if self.speaks > 0:
                 for row in range(len(features)):
                     path[row, 1 : 2 * counts[row] : 2] = digits[row, : counts[row]]
