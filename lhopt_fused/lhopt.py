@@ -91,7 +91,7 @@ class LHOPT(CIAO):
         params: ParamsT,
         total_steps: int,
         *,
-        policy: str | os.PathLike[str] | Policy = "cosine",
+        policy: str | os.PathLike[str] | Policy = "default",
         outer_steps: int | None = None,
         backend: BackendName = "auto",
         sample: bool = False,

@@ -174,7 +174,7 @@ def test_eval_fn_and_closure_are_observed() -> None:
         param.grad = 2 * param.detach()
         return param.detach().square().sum().item()
 
-    optimizer = LHOPT([param], 6, outer_steps=3, eval_fn=evaluate)
+    optimizer = LHOPT([param], 6, outer_steps=3, eval_fn=evaluate, lr=1e-3)
     start = param.detach().square().sum().item()
     for _ in range(6):
         optimizer.step(closure)
@@ -468,7 +468,7 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
     optimizer = LHOPT(params, 8)
     run(optimizer, params, 0, 3)
     state = optimizer.state_dict()
-    with pytest.raises(ValueError, match="policy 'cosine', here it is policy 'fixed'"):
+    with pytest.raises(ValueError, match="policy 'default', here it is policy 'fixed'"):
         LHOPT(make_params(), 8, policy="fixed").load_state_dict(state)
     with pytest.raises(ValueError, match="total_steps 8, here it is 9"):
         LHOPT(make_params(), 9, outer_steps=1).load_state_dict(state)

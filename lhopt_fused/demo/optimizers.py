@@ -41,7 +41,7 @@ OPTIMIZERS: Final = {
 
 BackendName: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 
-DEFAULT_POLICY: Final = "cosine"
+DEFAULT_POLICY: Final = "default"
 
 _DEFAULT_LR: Final = {"torch": 2e-3, "adamw": 2e-3, "ciao": 2e-2, "lhopt": 2e-2}
 

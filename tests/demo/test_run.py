@@ -71,7 +71,9 @@ def test_loss_falls_and_rows_are_complete(text, optimizer):
 
 
 def test_lhopts_policy_sees_the_losses_and_moves_the_learning_rate(text):
-    training = finished(Training(replace(CONFIG, optimizer="lhopt", steps=64), text))
+    training = finished(
+        Training(replace(CONFIG, optimizer="lhopt", policy="cosine", steps=64), text)
+    )
     assert [step.inner_step for step in training.history] == [16, 32, 48, 64]
     losses = [row["train_loss"] for row in training.rows[1:]]  # a row for each step
     for step in training.history:

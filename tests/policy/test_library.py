@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,23 @@ def seen(progress: float, hyperparameters: list[float] | None = None) -> RunObse
 
 
 def test_the_built_in_ones() -> None:
-    assert builtin_policies() == ["cosine", "fixed"]
+    assert builtin_policies() == ["cosine", "default", "fixed"]
     for name in builtin_policies():
         policy = load_policy(name)
         assert policy.name == name
-        assert dict(policy.start_hyperparameters) == START
+        start = dict(policy.start_hyperparameters)
+        assert start | {"lr": 0} == START | {"lr": 0}
+
+
+def test_the_default_is_learned_says_on_what_and_is_small() -> None:
+    policy = load_policy("default")
+    assert isinstance(policy, LearnedPolicy)
+    assert {"config", "control", "validation", "episodes", "hours"} <= policy.trained_on.keys()
+    assert policy.start_hyperparameters["lr"] == policy.trained_on["control"]["lr"]
+    folder = resources.files("lhopt_fused.policy") / "builtin"
+    with resources.as_file(folder / "default.safetensors") as path:
+        assert path.stat().st_size < 5e6
+    assert "## Limits" in (folder / "default.md").read_text()
 
 
 def test_fixed_never_acts() -> None:
