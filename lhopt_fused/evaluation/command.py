@@ -40,7 +40,10 @@ def evaluate(
     optimizers: Annotated[str, typer.Option(help="Names with commas between; or all.")] = "all",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Of lhopt: a built-in policy or a policy file; repeat for several."),
+        typer.Option(
+            help="Of lhopt: a built-in policy or a policy file, its default if not given; repeat "
+            "for several."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each configuration.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes, with one thread each.")] = 2,
@@ -67,7 +70,7 @@ def evaluate(
     with _bad_input():
         from lhopt_fused.evaluation.store import Store
 
-        chosen = _plan(tasks, size, optimizers, policy or ["cosine"], seeds, quick)
+        chosen = _plan(tasks, size, optimizers, policy or [], seeds, quick)
         store = Store(out / _STORE, create=not report_only)
         if merge:
             _say(f"{store.merge(merge)} runs taken over")
@@ -88,17 +91,22 @@ def _plan(
     Raises:
         ValueError, FileNotFoundError: an option names what there is not.
     """
-    from lhopt_fused.evaluation.optimizers import CONTENDERS, policy_configuration
+    from lhopt_fused.evaluation.optimizers import (
+        CONTENDERS,
+        default_policy,
+        policy_configuration,
+    )
     from lhopt_fused.evaluation.plan import Plan
     from lhopt_fused.evaluation.task import SIZES
     from lhopt_fused.evaluation.tasks import TASKS
 
     names = _names("--optimizers", optimizers, list(CONTENDERS))
+    played = (policies or [default_policy()]) if "lhopt" in names else []
     return Plan(
         tasks=_names("--tasks", tasks, list(TASKS)),
         size=_names("--size", size, list(SIZES))[0],
         optimizers=names,
-        policies=[policy_configuration(policy) for policy in policies] if "lhopt" in names else [],
+        policies=[policy_configuration(policy) for policy in played],
         seeds=seeds,
         quick=quick,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ __all__ = [
     "Stepper",
     "build",
     "contender_version",
+    "default_policy",
     "policy_configuration",
 ]
 
@@ -158,6 +160,11 @@ def contender_version(name: str) -> str:
         return ""
     _need(package)
     return metadata.version(package)
+
+
+def default_policy() -> str:
+    """The policy that LHOPT takes where none is given."""
+    return str(inspect.signature(LHOPT).parameters["policy"].default)
 
 
 def policy_configuration(policy: str) -> Configuration:

@@ -28,7 +28,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("toy")
 def test_an_evaluation_from_nothing_and_again(tmp_path: Path) -> None:
-    options = ("--tasks", "toy", "--quick", "--seeds", "2", "--workers", "1")
+    options = ("--tasks", "toy", "--quick", "--seeds", "2", "--workers", "1", "--policy", "cosine")
     out = str(tmp_path / "one")
     code, output = invoke(*options, "--out", out)
     assert code == 0

@@ -16,10 +16,12 @@ from lhopt_fused.evaluation.optimizers import (
     ContenderError,
     build,
     contender_version,
+    default_policy,
     policy_configuration,
 )
 from lhopt_fused.evaluation.run import RunResult, RunSpec, run, run_task
 from lhopt_fused.evaluation.task import DataError, Scores, epochs
+from lhopt_fused.policy import builtin_policies
 from lhopt_fused.schedules import GRID, SCHEDULES
 
 ADAMW: Configuration = {"lr": 1e-2, "schedule": "linear"}
@@ -179,6 +181,7 @@ def test_a_policy_is_known_by_what_it_does() -> None:
     moved = {**cosine, "policy": "/elsewhere/cosine.json"}
     one, other = spec("lhopt", cosine), spec("lhopt", moved)
     assert one.hyperparameters == other.hyperparameters != spec("lhopt", fixed).hyperparameters
+    assert default_policy() in builtin_policies()
 
 
 def test_versions_come_from_packages() -> None:
