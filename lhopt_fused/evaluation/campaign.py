@@ -18,7 +18,7 @@ import torch
 from lhopt_fused import __version__
 from lhopt_fused.evaluation.optimizers import CONTENDERS, contender_version
 from lhopt_fused.evaluation.plan import Plan
-from lhopt_fused.evaluation.run import RunResult, RunSpec, run
+from lhopt_fused.evaluation.run import PROTOCOL, RunResult, RunSpec, run
 from lhopt_fused.evaluation.store import Circumstances, Row, Store
 from lhopt_fused.evaluation.task import Size
 from lhopt_fused.evaluation.tasks import load_task
@@ -60,7 +60,11 @@ class Campaign:
         Raises:
             DataError, ContenderError: its data or its optimizer is missing.
         """
-        versions = {"lhopt-fused": __version__, "torch": torch.__version__}
+        versions = {
+            "lhopt-fused": __version__,
+            "protocol": PROTOCOL,
+            "torch": torch.__version__,
+        }
         package = CONTENDERS[spec.optimizer].package
         if package is not None:
             versions[package] = contender_version(spec.optimizer)

@@ -21,9 +21,13 @@ from lhopt_fused.evaluation.tasks import load_task
 from lhopt_fused.lhopt import LHOPT
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["CurvePoint", "RunResult", "RunSpec", "run", "run_task"]
+__all__ = ["PROTOCOL", "CurvePoint", "RunResult", "RunSpec", "run", "run_task"]
+
+PROTOCOL: Final = "1"
+"""Changes with what a run does: results of different protocols are not compared."""
 
 _CURVE_POINTS: Final = 24
+_SHOWN_BATCHES: Final = 4  # how many are evaluated for a policy, at each of its decisions
 _REFRESH_BATCHES: Final = 8  # passed through the model where weights change for a judgement
 
 
@@ -133,7 +137,7 @@ class _Run:
         self.model = task.make_model().to(device)
         self.model.train()
         self.stepper = build(
-            spec.optimizer, self.model, spec.configuration, self.total, self._eval_loss
+            spec.optimizer, self.model, spec.configuration, self.total, self._shown_loss
         )
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.clock = _Clock(device)
@@ -172,13 +176,14 @@ class _Run:
         self.model.zero_grad()
         return loss.detach()
 
-    def _eval_loss(self) -> float:
-        """What a policy is shown."""
-        return self.task.evaluate(self.model, "policy_eval").loss
+    def _shown_loss(self) -> float:
+        """What a policy is shown: a part of its split, since it pays for it."""
+        shown = _SHOWN_BATCHES * self.task.batch_size
+        return self.task.evaluate(self.model, "policy_eval", shown).loss
 
     def _measure(self, step: int, losses: Sequence[torch.Tensor]) -> None:
         with self.stepper.judged(self.model, self._refresh):
-            eval_loss = self._eval_loss()
+            eval_loss = self.task.evaluate(self.model, "policy_eval").loss
         train_loss = torch.stack(list(losses)).double().mean().item() if losses else math.nan
         self.curve.append(CurvePoint(step, self.clock.seconds, train_loss, eval_loss))
 

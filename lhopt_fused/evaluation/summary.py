@@ -288,5 +288,5 @@ def _is_default(row: Row) -> bool:
 def _shared(row: Row) -> tuple[str, ...]:
     """What must be the same for rows to be compared."""
     versions = json.loads(row.circumstances.versions)
-    own = [f"{name} {versions.get(name)}" for name in ("lhopt-fused", "torch")]
+    own = [f"{name} {versions.get(name)}" for name in ("lhopt-fused", "protocol", "torch")]
     return (row.circumstances.data, row.circumstances.device, *own)

@@ -105,9 +105,19 @@ class Task(ABC):
         for picked in epochs(len(self.training[0]), self.batch_size, generator):
             yield tuple(tensor[picked] for tensor in self.training)
 
-    def evaluate(self, model: nn.Module, split: Split) -> Scores:
-        """How a model does on a split; leaves its mode as it was."""
+    def evaluate(self, model: nn.Module, split: Split, at_most: int | None = None) -> Scores:
+        """How a model does on a split; leaves its mode as it was.
+
+        Args:
+            model: in any mode, on any device.
+            split: what it is tried on.
+            at_most: only so many examples, always the same, spread over the split.
+        """
         data = self.held_out[split]
+        count = len(data[0])
+        if at_most is not None and at_most < count:
+            rows = torch.linspace(0, count - 1, at_most).long()
+            data = tuple(tensor[rows] for tensor in data)
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()

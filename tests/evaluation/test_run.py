@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evaluation.toys import Toy
+from tolerances import SPREAD_PART
 from torch import nn
 
 from lhopt_fused.evaluation.optimizers import (
@@ -92,9 +93,10 @@ def test_the_report_split_is_only_looked_at_once() -> None:
             seen.append(len(batch[0]))
             return super().scores(model, batch)
 
-    run_task(Watched(), spec("lhopt", policy_configuration("cosine")))
+    run_task(Watched(steps=32), spec("lhopt", policy_configuration("cosine")))
     assert seen[-2:] == [256, 44]  # 300 examples, in chunks
-    assert set(seen[:-2]) == {32}
+    assert seen[:-2].count(40) == 25  # the curve
+    assert seen[:-2].count(32) == 2  # four batches at each of the policy's decisions
 
 
 def test_scores_are_means_over_examples() -> None:
@@ -106,6 +108,22 @@ def test_scores_are_means_over_examples() -> None:
         logits = model.eval()(inputs)
     expected = (logits.argmax(-1) == classes).double().mean().item()
     assert scores.metrics["accuracy"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_part_of_a_split_is_spread_over_it() -> None:
+    task = Toy()
+    inputs, classes = task.held_out["report"]
+    order = classes.argsort()
+    task.held_out["report"] = (inputs[order], classes[order])
+    model = task.make_model()
+    part = task.evaluate(model, "report", 150)
+    assert part == task.evaluate(model, "report", 150)
+    whole = task.evaluate(model, "report")
+    assert part.loss == pytest.approx(whole.loss, rel=SPREAD_PART.relative)
+    task.held_out["report"] = (inputs[order][:150], classes[order][:150])
+    assert task.evaluate(model, "report").loss != pytest.approx(
+        whole.loss, rel=SPREAD_PART.relative
+    )
 
 
 def test_a_run_that_diverges_says_so() -> None:

@@ -20,7 +20,7 @@ class Toy(Classification):
     def __init__(self, size: Size = "small", data_dir: Path | None = None, steps: int = 12) -> None:
         super().__init__(
             _clusters(64, 0),
-            {"policy_eval": _clusters(32, 1), "report": _clusters(300, 2)},
+            {"policy_eval": _clusters(40, 1), "report": _clusters(300, 2)},
             steps=steps,
             batch_size=8,
         )
