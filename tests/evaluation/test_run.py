@@ -48,10 +48,10 @@ def configurations() -> list[tuple[str, Configuration]]:
 def test_every_optimizer_learns_the_same_thing_twice(
     optimizer: str, configuration: Configuration
 ) -> None:
-    task = Toy(steps=200)
+    task = Toy(steps=400)
     first, again = (run_task(task, spec(optimizer, configuration)) for _ in range(2))
     assert timeless(first) == timeless(again)
-    assert first.report_loss < run_task(task, replace(spec(), budget=1e-9)).curve[0].eval_loss
+    assert first.eval_loss < first.curve[0].eval_loss
     assert 0 < first.optimizer_seconds < first.seconds
     assert (first.trajectory != []) == (optimizer == "lhopt")
 
