@@ -98,8 +98,8 @@ SPEEDUP: Final = Tolerance(1e-9, 1e-4)
 # budgets found on a curve, relative to the budget: its logarithm and back; the absolute one is for
 # losses in other units, whose drops of 1e-6 have lost ten digits
 SPREAD_PART: Final = Tolerance(0.1)
-# the mean loss of 150 of 300 examples against that of all: their spread is half of it, by the
-# root of 150
+# the mean loss of every other of 300 examples, by class, against that of all; of one class alone it
+# is off by its size
 
 
 def assert_close(

@@ -116,6 +116,7 @@ def test_a_part_of_a_split_is_spread_over_it() -> None:
     order = classes.argsort()
     task.held_out["report"] = (inputs[order], classes[order])
     model = task.make_model()
+    model.get_submodule("head").get_parameter("bias").data.copy_(torch.tensor([4.0, -4.0]))
     part = task.evaluate(model, "report", 150)
     assert part == task.evaluate(model, "report", 150)
     whole = task.evaluate(model, "report")
