@@ -106,7 +106,8 @@ def test_files_load_through_the_same_door(tmp_path: Path) -> None:
     rule = load_policy(str(tmp_path / "rule.json"))
     assert isinstance(rule, RulePolicy)
     assert rule.start_run().decide(seen(1.0)).hyperparameters[0] == pytest.approx(5e-4)
-    with pytest.raises(FileNotFoundError, match="'fixd': the built-in ones are cosine, default, fixed"):
+    names = "cosine, default, fixed"
+    with pytest.raises(FileNotFoundError, match=f"'fixd': the built-in ones are {names}"):
         load_policy("fixd")
 
 
