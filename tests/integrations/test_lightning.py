@@ -86,7 +86,7 @@ def fit(
 
 
 def test_the_policy_sees_the_losses_and_moves_the_learning_rate(tmp_path: Path) -> None:
-    module = line(lr=0.05, lamb_power=None)
+    module = line(policy="cosine", lr=0.05, lamb_power=None)
     trainer = fit(tmp_path, module)
     history = trainer.optimizers[0].history
     assert [step.inner_step for step in history] == [6, 12, 18, 24]
@@ -137,7 +137,7 @@ def test_a_checkpoint_goes_on_bit_identically(tmp_path: Path, saved_at: int) -> 
 
 
 def test_a_scheduler_beside_the_policy_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ExponentialLR and the policy 'cosine' cannot both"):
+    with pytest.raises(ValueError, match="ExponentialLR and the policy 'default' cannot both"):
         fit(tmp_path, line(scheduler=True))
     fit(tmp_path, line(scheduler=True, policy="fixed"))
 
