@@ -91,7 +91,8 @@ class MetaTraining:
 
     Every batch of episodes is a pure function of the configuration, its number and the weights that
     it is sent; the weights are always those before the last update, so that episodes are collected
-    while the learner learns. The run is the same for any number of workers, and after a resume.
+    while the learner learns. The run is the same for any number of workers, and after a resume, as
+    long as torch uses as many threads for the learner.
 
     Args:
         config: what is trained.
