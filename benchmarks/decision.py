@@ -11,8 +11,6 @@ network alone" is less. Each is timed with its weights in three places:
 
 from __future__ import annotations
 
-import datetime
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,23 +153,9 @@ def main(
         samples = measure(contestants(hidden), rounds)
     rows = [row for state in STATES for row in rows_of(state, samples[state])]
     Console().print(table_of(rows, hidden))
-    commit, dirty = machine.commit()
     device = torch.device("cpu")
-    name = f"decision-{commit}{'-dirty' if dirty else ''}.json"
-    document = {
-        "schema": 2,
-        "suite": "decision",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": dirty,
-        "machine": machine.device_slug(device),
-        "machine_details": machine.describe(device),
-        "versions": machine.versions(()),
-        "load": os.getloadavg()[0],
-        "hidden": hidden,
-        "rows": rows,
-    }
-    report.write_json((out or RESULTS / machine.device_slug(device)) / name, document)
+    document = {"schema": 2, **machine.stamp("decision", device), "hidden": hidden, "rows": rows}
+    report.write_suite(out or RESULTS / machine.device_slug(device), document)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ policy, and its reward, whose baseline is counted in and shared by the runs of a
 
 from __future__ import annotations
 
-import datetime
 import os
 import statistics
 import time
@@ -72,21 +71,8 @@ def main(
         f"{family}: {row['episodes_per_hour']:,.0f} episodes an hour with {workers} processes "
         f"(from {min(per_hour):,.0f} to {max(per_hour):,.0f})"
     )
-    commit, dirty = machine.commit()
-    document = {
-        "schema": 1,
-        "suite": "episodes",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": dirty,
-        "machine": machine.device_slug(where),
-        "machine_details": machine.describe(where),
-        "versions": machine.versions(()),
-        "load": os.getloadavg()[0],
-        "rows": [row],
-    }
-    name = f"episodes-{commit}{'-dirty' if dirty else ''}.json"
-    report.write_json(RESULTS / machine.device_slug(where) / name, document)
+    document = {"schema": 1, **machine.stamp("episodes", where), "rows": [row]}
+    report.write_suite(RESULTS / machine.device_slug(where), document)
 
 
 if __name__ == "__main__":

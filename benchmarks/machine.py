@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import re
@@ -18,7 +19,17 @@ import torch
 from benchmarks.registry import Run
 from benchmarks.timing import Contestant
 
-__all__ = ["PROBES", "commit", "describe", "device_slug", "memory", "probes", "slug", "versions"]
+__all__ = [
+    "PROBES",
+    "commit",
+    "describe",
+    "device_slug",
+    "memory",
+    "probes",
+    "slug",
+    "stamp",
+    "versions",
+]
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
@@ -65,6 +76,21 @@ def device_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     return slug(f"cpu {_cpu_name()} {os.cpu_count()} cores")
+
+
+def stamp(suite: str, device: torch.device) -> dict[str, Any]:
+    """What stands with the rows of a suite: when, at which commit, where, and how busy it was."""
+    found, dirty = commit()
+    return {
+        "suite": suite,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": found,
+        "dirty": dirty,
+        "machine": device_slug(device),
+        "machine_details": describe(device),
+        "versions": versions(()),
+        "load": os.getloadavg()[0],
+    }
 
 
 def slug(name: str) -> str:

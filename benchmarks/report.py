@@ -107,6 +107,12 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
+def write_suite(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write a stamped report under the name of its suite and commit."""
+    dirty = "-dirty" if report["dirty"] else ""
+    write_json(folder / f"{report['suite']}-{report['commit']}{dirty}.json", report)
+
+
 def print_rows(
     console: Console, title: str, rows: Sequence[Row], bandwidth: Mapping[str, float], *, host: bool
 ) -> None:

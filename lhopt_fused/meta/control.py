@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import torch
 
-from lhopt_fused.actions import ActionSpace
 from lhopt_fused.meta.baselines import SCHEDULES
 from lhopt_fused.meta.episode import EpisodeBatch
+from lhopt_fused.meta.learner import within_reach
 from lhopt_fused.meta.setting import Setting, outer_boundaries
 from lhopt_fused.types import HYPERPARAMETERS
 
@@ -68,14 +68,6 @@ def teacher_shifts(
     shifts = learning_rates.new_zeros(len(learning_rates), len(HYPERPARAMETERS))
     shifts[:, _LR] = math.log(control.learning_rate(middle)) - learning_rates.log()
     return shifts
-
-
-def within_reach(shifts: torch.Tensor, space: ActionSpace) -> torch.Tensor:
-    """Shifts ``[..., 8]`` limited to what the mean of a head's choices can be."""
-    low, high = (
-        shifts.new_tensor([pick(action.shifts) for action in space.actions]) for pick in (min, max)
-    )
-    return shifts.clamp(low, high)
 
 
 @torch.no_grad()

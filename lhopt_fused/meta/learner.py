@@ -18,7 +18,7 @@ from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, entropy, masked_me
 from lhopt_fused.policy.decision import decide
 from lhopt_fused.policy.network import PolicyNetwork
 
-__all__ = ["EpisodeBuffer", "Learner", "clone_behaviour"]
+__all__ = ["EpisodeBuffer", "Learner", "clone_behaviour", "within_reach"]
 
 _STATE_VERSION: Final = 1
 
@@ -348,7 +348,7 @@ def clone_behaviour(
     """
     _check_demonstrations(network, features, target_shifts, mask, space)
     device = network.pre.weight.device
-    targets = _within_reach(target_shifts.double().cpu(), space, reach)
+    targets = within_reach(target_shifts.double().cpu(), space, reach)
     network.eval().normalisation.take_in(features[mask].to(device))
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -365,7 +365,7 @@ def clone_behaviour(
     return [loss.item() for loss in curve]
 
 
-def _within_reach(shifts: torch.Tensor, space: ActionSpace, reach: float) -> torch.Tensor:
+def within_reach(shifts: torch.Tensor, space: ActionSpace, reach: float = 1.0) -> torch.Tensor:
     """Shifts ``[..., 8]`` inside the given share of each head's range, around its middle."""
     limits = [(min(action.shifts), max(action.shifts)) for action in space.actions]
     low, high = shifts.new_tensor(limits).T

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,11 +55,12 @@ class Workers(Protocol):
         """Stop all workers."""
 
 
-class _Closing:
+class _Closing(ABC):
     """Closed at the end of a ``with`` block."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Stop all workers."""
 
     def __exit__(
         self,
