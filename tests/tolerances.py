@@ -64,6 +64,9 @@ REWARD: Final = Tolerance(0.0, 1e-6)
 REWARD_SPIKE: Final = Tolerance(0.0, 0.05)
 # rewards with one spike in the baseline, in log steps; without reweighting it is off by 0.07 to 3
 
+TEACHER: Final = Tolerance(1e-6)
+# weights and learning rates of a teacher worked out by hand, relative to each: shifts are float32
+
 PPO_HAND: Final = Tolerance(1e-7)
 # losses and advantages worked out by hand, relative to their size; normalising adds 1e-8 to a
 # spread

@@ -16,7 +16,7 @@ from lhopt_fused.meta.train import MetaTraining
 from lhopt_fused.meta.validation import Validation
 from lhopt_fused.meta.workers import Workers
 from lhopt_fused.policy import FEATURES
-from lhopt_fused.types import INNER_FEATURES
+from lhopt_fused.types import HYPERPARAMETERS, INNER_FEATURES
 
 __all__ = ["ABLATIONS", "Ablation", "ablate"]
 
@@ -40,6 +40,10 @@ def _untuned(config: MetaConfig) -> MetaConfig:
     return replace(config, baseline="adamw")
 
 
+def _moving_all(config: MetaConfig) -> MetaConfig:
+    return replace(config, policy=replace(config.policy, moves=HYPERPARAMETERS))
+
+
 def _from_scratch(config: MetaConfig) -> MetaConfig:
     return replace(config, cloning=replace(config.cloning, batches=0))
 
@@ -52,12 +56,13 @@ ABLATIONS: Final[Mapping[str, Callable[[MetaConfig], MetaConfig]]] = {
     "no norms": _hides("log_path_ratio_*", "log_norm_ratio_*"),
     "no hyperparameters": _hides("*_relative_to_start", "previous_*"),
     "progress only": _hides(*(name for name in FEATURES if name not in _ALWAYS)),
+    "moves all": _moving_all,
     "no memory": _without_memory,
     "no start noise": _without_noise,
     "untuned baseline": _untuned,
     "no imitation": _from_scratch,
 }
-"""What is left out, by name; each maps the whole configuration to the one without it."""
+"""What is changed, by name; each maps the whole configuration to the one with the change."""
 
 
 @dataclass(frozen=True)

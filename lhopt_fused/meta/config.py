@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -40,14 +41,6 @@ __all__ = [
 ]
 
 
-def _with_keep(action: Action) -> Action:
-    """The action with a choice that changes nothing."""
-    neutral = 1.0 if action.kind == "scale" else 0.0
-    choices = tuple(sorted({*action.choices, neutral}))
-    return Action(action.name, action.kind, choices, action.low, action.high)
-
-
-_ACTIONS_WITH_KEEP: Final = tuple(map(_with_keep, ACTIONS))
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _T = TypeVar("_T")
 
@@ -61,6 +54,9 @@ class PolicyConfig:
         head_hidden: width inside a head; a multiple of 16.
         registers: whether it decides about restart registers.
         keep: whether every head has a choice that changes nothing.
+        moves: the hyperparameters that it may move; the others stay where they start.
+        lr_choices: factors of the learning rate; empty for the published ones.
+        start_lr: where the learning rate starts; None for the peak of the hand control.
         trust: trust ratios of the inner optimizer.
         memory: False for a policy that decides by the last outer step alone (an ablation; such a
             policy cannot be deployed).
@@ -71,6 +67,9 @@ class PolicyConfig:
     head_hidden: int = 32
     registers: bool = False
     keep: bool = True
+    moves: tuple[str, ...] = HYPERPARAMETERS
+    lr_choices: tuple[float, ...] = ()
+    start_lr: float | None = None
     trust: Literal["exact", "delayed"] = "exact"
     memory: bool = True
     hide: tuple[str, ...] = ()
@@ -79,12 +78,33 @@ class PolicyConfig:
         for pattern in self.hide:
             if not fnmatch.filter(FEATURES, pattern):
                 raise ValueError(f"hide has {pattern!r}, which is like no policy feature")
+        for name in self.moves:
+            if name not in HYPERPARAMETERS:
+                raise ValueError(
+                    f"moves has {name!r}; the hyperparameters are {', '.join(HYPERPARAMETERS)}"
+                )
+        for factor in self.lr_choices:
+            if not 0 < factor < math.inf:
+                raise ValueError(f"lr_choices has {factor}, expected factors above 0")
+        if self.start_lr is not None:
+            _check_above_zero(self, "start_lr")
         self.shape  # noqa: B018 - its own checks
 
     @property
     def action_space(self) -> ActionSpace:
         """What it may do."""
-        return ActionSpace(_ACTIONS_WITH_KEEP if self.keep else ACTIONS, self.registers)
+        return ActionSpace(tuple(map(self._action, ACTIONS)), self.registers)
+
+    def _action(self, published: Action) -> Action:
+        choices = published.choices
+        neutral = 1.0 if published.kind == "scale" else 0.0
+        if published.name == "lr" and self.lr_choices:
+            choices = self.lr_choices
+        if published.name not in self.moves:
+            choices = (neutral,)
+        elif self.keep:
+            choices = tuple(sorted({*choices, neutral}))
+        return replace(published, choices=choices)
 
     @property
     def shape(self) -> NetworkShape:
@@ -99,11 +119,13 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class CloningConfig:
-    """The supervised start: imitate the best fixed schedule, the hand control.
+    """The supervised start: imitate what is best on each task among the possible hand controls.
 
     Attributes:
-        settings: batches of episodes to search the hand control on.
-        batches: batches of episodes to learn from; 0 for a start from scratch.
+        settings: batches of tasks to try all of them on; the best on average is the hand control.
+        batches: how many of these to learn from; 0 for a start from scratch.
+        temperature: log speed-up by which a schedule must be better to weigh e times as much on a
+            task: the teacher's log learning rate is the mean over schedules.
         steps: of gradient descent on them.
         learning_rate: of Adam.
         entropy: weight of the entropy that heads keep.
@@ -112,6 +134,7 @@ class CloningConfig:
 
     settings: int = 16
     batches: int = 16
+    temperature: float = 0.2
     steps: int = 600
     learning_rate: float = 1e-3
     entropy: float = 1e-2
@@ -120,7 +143,11 @@ class CloningConfig:
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "settings", "steps")
         _check_at_least(self, 0, "batches", "entropy", "wander")
-        _check_above_zero(self, "learning_rate")
+        _check_above_zero(self, "learning_rate", "temperature")
+        if self.batches > self.settings:
+            raise ValueError(
+                f"batches is {self.batches}, expected at most settings, {self.settings}"
+            )
 
 
 @dataclass(frozen=True)

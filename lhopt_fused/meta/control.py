@@ -3,7 +3,6 @@ tasks. It is what a policy starts from, and what it has to beat."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,12 +11,12 @@ import torch
 from lhopt_fused.meta.baselines import SCHEDULES
 from lhopt_fused.meta.episode import EpisodeBatch
 from lhopt_fused.meta.learner import within_reach
-from lhopt_fused.meta.setting import Setting, outer_boundaries
+from lhopt_fused.meta.setting import outer_boundaries
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["CONTROL_RATES", "HandControl", "control_grid", "teacher_shifts"]
+__all__ = ["CONTROL_RATES", "HandControl", "control_grid", "demonstrate", "teacher_weights"]
 
-CONTROL_RATES: Final = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+CONTROL_RATES: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Learning rates among which the hand control is searched."""
 
 _LR: Final = HYPERPARAMETERS.index("lr")
@@ -49,50 +48,53 @@ def control_grid() -> list[HandControl]:
     return [HandControl(lr, schedule) for lr in CONTROL_RATES for schedule in SCHEDULES]
 
 
-def teacher_shifts(
-    control: HandControl, setting: Setting, outer_step: int, learning_rates: torch.Tensor
-) -> torch.Tensor:
-    """Decisions that bring runs to the hand control's learning rate for the coming outer step.
+def teacher_weights(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
+    """How much the teacher of each task makes of each schedule: the softmax of what it earned.
 
     Args:
-        control: the teacher.
-        setting: of the runs.
-        outer_step: outer steps done, 1 to all but one.
-        learning_rates: float64 ``[R]``, now.
+        rewards: float64 ``[C, T]``, log speed-up of each of :func:`control_grid` on each task.
+        temperature: difference of rewards for which a weight is e times another.
 
     Returns:
-        float64 ``[R, 8]``, zero but for the learning rate, for which they may be out of reach.
+        float64 ``[T, C]``, each row of sum 1.
     """
-    ends = outer_boundaries(setting.total_steps, setting.outer_steps)
-    middle = (ends[outer_step - 1] + ends[outer_step]) / 2 / setting.total_steps
-    shifts = learning_rates.new_zeros(len(learning_rates), len(HYPERPARAMETERS))
-    shifts[:, _LR] = math.log(control.learning_rate(middle)) - learning_rates.log()
-    return shifts
+    return (rewards / temperature).softmax(0).T
+
+
+def _teacher_rates(weights: torch.Tensor, progress: float) -> torch.Tensor:
+    """Log learning rate ``[R]`` of teachers ``[R, C]`` at ``progress``: the mean over schedules."""
+    rates = [control.learning_rate(progress) for control in control_grid()]
+    return weights @ weights.new_tensor(rates).log()
 
 
 @torch.no_grad()
 def demonstrate(
-    batch: EpisodeBatch, control: HandControl, wander: float
+    batch: EpisodeBatch, weights: torch.Tensor, wander: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run episodes under the teacher, pushed off its path by noise.
+    """Run episodes under their teachers, pushed off their paths by noise.
 
     Args:
         batch: fresh.
-        control: the teacher.
+        weights: float64 ``[R, C]``, what the teacher of each run makes of each of
+            :func:`control_grid`.
         wander: standard deviation of the noise on each log learning rate.
 
     Returns:
-        What the policy would have seen, float32 ``[R, D, F]``, and what the teacher says there,
+        What the policy would have seen, float32 ``[R, D, F]``, and the decisions that bring the
+        run to its teacher's learning rate in the coming outer step as far as one decision can,
         float32 ``[R, D, 8]``.
     """
     generator = torch.Generator().manual_seed(batch.setting.seed % 2**62)
+    ends = outer_boundaries(batch.setting.total_steps, batch.setting.outer_steps)
     features, targets = [], []
     device = batch.inner.scalars.device
     register = torch.zeros(batch.setting.runs, dtype=torch.int64, device=device)
     seen = batch.advance()
     while not batch.done:
-        rates = batch.inner.hyperparameters[:, _LR]
-        shifts = teacher_shifts(control, batch.setting, batch.outer_step, rates)
+        middle = (ends[batch.outer_step - 1] + ends[batch.outer_step]) / 2
+        wanted = _teacher_rates(weights, middle / batch.setting.total_steps)
+        shifts = torch.zeros_like(batch.inner.hyperparameters)
+        shifts[:, _LR] = wanted - batch.inner.hyperparameters[:, _LR].log()
         shifts = within_reach(shifts, batch.space)
         features.append(seen.features)
         targets.append(shifts.float())

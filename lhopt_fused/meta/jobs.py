@@ -127,26 +127,29 @@ class Collect(Job):
             make_network(self.config, self.network),
             make_critic(self.config, self.critic),
             self.version,
+            self.config.ppo.discount,
         )
         return {name: tensor.cpu().numpy() for name, tensor in episodes.to_tensors().items()}
 
 
 @dataclass(frozen=True)
 class Demonstrate(Job):
-    """Episodes under the hand control, to imitate."""
+    """Episodes under a teacher for each task, to imitate; weights as of ``teacher_weights``."""
 
     start: Mapping[str, float]
-    control: HandControl
+    weights: NDArray[np.float64]
 
     def __call__(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         batch = self.batch(self.start, noise=True, baseline=False)
-        features, targets = demonstrate(batch, self.control, self.config.cloning.wander)
+        weights = torch.tensor(self.weights, device=self.config.device)
+        of_runs = weights[self.setting.task_of_run.to(weights.device)]
+        features, targets = demonstrate(batch, of_runs, self.config.cloning.wander)
         return features.cpu().numpy(), targets.cpu().numpy()
 
 
 @dataclass(frozen=True)
 class ScoreControls(Job):
-    """How each of the possible hand controls does: its mean reward over the tasks."""
+    """The reward of each of the possible hand controls on each task, ``[C, T]``."""
 
     start: Mapping[str, float]
 
@@ -161,7 +164,7 @@ class ScoreControls(Job):
         )
         curve = _fit(curves(tasks, self.setting.total_steps, self.config.baseline))
         rewards = [speedup_reward(curve, row, self.setting.total_steps) for row in losses]
-        return torch.stack(rewards).mean(-1).cpu().numpy()
+        return torch.stack(rewards).cpu().numpy()
 
 
 class References(NamedTuple):

@@ -34,7 +34,13 @@ def _decisions(
 
 
 @torch.no_grad()
-def collect(batch: EpisodeBatch, network: PolicyNetwork, critic: Critic, version: int) -> Episodes:
+def collect(
+    batch: EpisodeBatch,
+    network: PolicyNetwork,
+    critic: Critic,
+    version: int,
+    discount: float = 1.0,
+) -> Episodes:
     """Run the episodes with sampled decisions.
 
     Args:
@@ -42,9 +48,12 @@ def collect(batch: EpisodeBatch, network: PolicyNetwork, critic: Critic, version
         network: the policy, in evaluation mode.
         critic: says what each outer step is worth; likewise.
         version: updates that the learner has done.
+        discount: of the reward, per outer step.
 
     Returns:
-        R episodes of one length; the reward comes with the last decision.
+        R episodes of one length; the reward comes with the last decision. Values are the critic's,
+        moved by how far it was wrong about the other runs of the same task: a baseline that is
+        independent of the run's own choices, and knows how hard the task is.
     """
     memory = critic.initial_state((batch.setting.runs,))
     steps: list[dict[str, torch.Tensor]] = []
@@ -62,12 +71,22 @@ def collect(batch: EpisodeBatch, network: PolicyNetwork, critic: Critic, version
     stacked = {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}
     rewards = torch.zeros_like(stacked["values"])
     rewards[:, -1] = batch.rewards().float()
+    left = torch.arange(rewards.shape[1] - 1, -1, -1, device=rewards.device)
+    errors = rewards[:, -1:] * discount**left - stacked["values"]
+    stacked["values"] += _means_of_others(errors, batch.setting.repeats)
     return Episodes(
         **stacked,
         rewards=rewards,
         mask=torch.ones_like(rewards, dtype=torch.bool),
         version=torch.full((len(rewards),), version, device=rewards.device),
     )
+
+
+def _means_of_others(errors: torch.Tensor, repeats: int) -> torch.Tensor:
+    """For each run, ``[R, D]``, the mean over the other runs of its task; 0 if it is alone."""
+    of_tasks = errors.view(-1, repeats, errors.shape[-1])
+    others = of_tasks.sum(1, keepdim=True) - of_tasks
+    return (others / max(repeats - 1, 1)).view_as(errors)
 
 
 def _joint_log_probability(decision: Decision, head_sizes: tuple[int, ...]) -> torch.Tensor:

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
-from lhopt_fused.meta.control import HandControl, control_grid
+from lhopt_fused.meta.control import HandControl, control_grid, teacher_weights
 from lhopt_fused.meta.jobs import (
     Collect,
     Demonstrate,
@@ -34,7 +35,7 @@ from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
 __all__ = ["MetaTraining", "Update"]
 
 # one stream of seeds for each purpose, so that none depends on how much another drew
-_COLLECT, _SEARCH, _DEMONSTRATE, _VALIDATE = range(4)
+_COLLECT, _SEARCH, _VALIDATE = range(3)
 _CHECKPOINT: Final = "checkpoint.pt"
 _LOG: Final = "log.jsonl"
 _STATE_KEYS: Final = {
@@ -214,13 +215,15 @@ class MetaTraining:
     # ------------------------------------------------------------------ before PPO
 
     def _begin(self) -> None:
-        """Find the hand control and start from imitating it."""
+        """Find the hand control, and start from imitating what is best on each task."""
         own = self.config.cloning
+        settings = self.settings(_SEARCH, own.settings)
         jobs = [
-            ScoreControls(self.config, setting, self._data_dir, START_HYPERPARAMETERS)
-            for setting in map(_without_repeats, self.settings(_SEARCH, own.settings))
+            ScoreControls(self.config, replace(s, repeats=1), self._data_dir, START_HYPERPARAMETERS)
+            for s in settings
         ]
-        scores = np.mean(self._workers.start(jobs).results(), axis=0)
+        rewards = self._workers.start(jobs).results()
+        scores = np.mean([reward.mean(-1) for reward in rewards], axis=0)
         control = control_grid()[int(scores.argmax())]
         self._progress.control = control
         table = [
@@ -229,15 +232,15 @@ class MetaTraining:
         ]
         (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
         if own.batches:
-            self._imitate(control)
+            self._imitate(settings[: own.batches], rewards[: own.batches])
         self._acting = self._weights()
 
-    def _imitate(self, control: HandControl) -> None:
+    def _imitate(self, settings: list[Setting], rewards: list[NDArray[np.float64]]) -> None:
         own = self.config.cloning
-        jobs = [
-            Demonstrate(self.config, setting, self._data_dir, self.start, control)
-            for setting in self.settings(_DEMONSTRATE, own.batches)
-        ]
+        jobs = []
+        for setting, reward in zip(settings, rewards, strict=True):
+            weights = teacher_weights(torch.from_numpy(reward), own.temperature).numpy()
+            jobs.append(Demonstrate(self.config, setting, self._data_dir, self.start, weights))
         features, targets, mask = _padded(self._workers.start(jobs).results())
         losses = clone_behaviour(
             self._learner.network,
@@ -255,10 +258,11 @@ class MetaTraining:
 
     @property
     def start(self) -> dict[str, float]:
-        """Hyperparameters that runs under the policy start with: the hand control's peak."""
-        control = self._progress.control
-        peak = {} if control is None else {"lr": control.lr}
-        return {**START_HYPERPARAMETERS, **peak}
+        """Hyperparameters that runs under the policy start with."""
+        control, lr = self._progress.control, self.config.policy.start_lr
+        if lr is None:
+            lr = START_HYPERPARAMETERS["lr"] if control is None else control.lr
+        return {**START_HYPERPARAMETERS, "lr": lr}
 
     # ------------------------------------------------------------------ PPO
 
@@ -463,11 +467,6 @@ class MetaTraining:
                     f"{path} was written with {name} = {theirs[name]!r}, the configuration has "
                     f"{value!r}; begin anew in another folder"
                 )
-
-
-def _without_repeats(setting: Setting) -> Setting:
-    """A few of the tasks, once each: what a search over fixed schedules needs."""
-    return replace(setting, tasks=min(setting.tasks, 6), repeats=1)
 
 
 def _padded(shown: list[tuple[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

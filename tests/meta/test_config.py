@@ -74,6 +74,11 @@ def test_overrides_replace_values_of_the_file():
         ("validation.tasks=0", "validation.tasks is 0"),
         ("validation.every=0", "validation.every is 0"),
         ("cloning.steps=0", "cloning.steps is 0"),
+        ("cloning.temperature=0", "cloning.temperature is 0"),
+        ("cloning.batches=9", "cloning.batches is 9, expected at most settings, 4"),
+        ("policy.start_lr=0", "policy.start_lr is 0"),
+        ("policy.moves=['learning_rate']", "policy.moves has 'learning_rate'"),
+        ("policy.lr_choices=[-1.0]", "policy.lr_choices has -1.0, expected factors"),
         ("cloning.learning_rate=0", "cloning.learning_rate is 0"),
         ("noise.clean=-1", "noise.clean is -1"),
         ("policy.hidden=30", "policy.hidden is 30, expected a multiple of 16"),
@@ -130,3 +135,15 @@ def test_validation_draws_from_the_families_of_training():
 def test_episodes_counts_those_of_an_update():
     config = MetaConfig("x", batches=3, tasks=TaskDistribution(tasks=4, repeats=5))
     assert config.episodes == 60
+
+
+def test_what_a_policy_may_not_move_has_the_one_choice_to_stay():
+    space = load_config("tiny", ["policy.moves=['lr']", "policy.keep=false"]).policy.action_space
+    assert space.head_sizes == (7, 1, 1, 1, 1, 1, 1, 1)
+    assert {action.shifts for action in space.actions[1:]} == {(0.0,)}
+
+
+def test_the_learning_rate_may_have_other_factors():
+    space = load_config("tiny", ["policy.lr_choices=[0.1, 10]"]).policy.action_space
+    assert space.actions[0].choices == (0.1, 1.0, 10.0)
+    assert space.actions[1].choices == (0.5, 1.0, 2.0)

@@ -41,17 +41,34 @@ def networks() -> tuple[PolicyNetwork, Critic]:
     return network, critic
 
 
-def test_collected_probabilities_and_values_are_those_that_ppo_computes(networks):
+def test_collected_probabilities_are_those_that_ppo_computes(networks):
     network, critic = networks
     episodes = collect(fresh(), network, critic, version=7)
     logits = unroll_policy(network, episodes.features, episodes.mask)
     again = log_probability(logits, episodes.choices, network.shape.heads)
     assert_close(episodes.log_probs, again, UNROLL, again.abs().max())
-    values = unroll_critic(critic, episodes.features, episodes.privileged, episodes.mask)
-    assert_close(episodes.values, values, UNROLL, values.abs().max())
     shifted = log_probability(logits.roll(1, dims=1), episodes.choices, network.shape.heads)
     with pytest.raises(AssertionError):
         assert_close(episodes.log_probs, shifted, UNROLL, again.abs().max())
+
+
+def test_values_are_the_critics_and_how_far_it_was_wrong_about_the_other_runs(networks):
+    """Of the two runs of a task, each is told the error of the other."""
+    discount = 0.9
+    episodes = collect(fresh(), *networks, version=7, discount=discount)
+    critics = unroll_critic(networks[1], episodes.features, episodes.privileged, episodes.mask)
+    worth = episodes.rewards[:, -1:] * discount ** torch.tensor([2, 1, 0])
+    errors = worth - critics
+    expected = critics + errors[[1, 0, 3, 2]]
+    assert_close(episodes.values, expected, UNROLL, expected.abs().max())
+    with pytest.raises(AssertionError):
+        assert_close(episodes.values, critics + errors, UNROLL, expected.abs().max())
+
+
+def test_a_run_that_is_alone_with_its_task_has_the_critics_values(networks):
+    episodes = collect(fresh(replace(SETTING, tasks=4, repeats=1)), *networks, version=7)
+    values = unroll_critic(networks[1], episodes.features, episodes.privileged, episodes.mask)
+    assert_close(episodes.values, values, UNROLL, values.abs().max())
 
 
 def test_episodes_have_a_decision_for_each_outer_step_but_the_last(networks):
