@@ -120,6 +120,7 @@ def evaluate(
     folder: Path,
     *,
     trust: Literal["exact", "delayed"] | None = None,
+    hidden_eval: float | None = None,
     data_dir: Path | None = None,
 ) -> list[Result]:
     """Play every setting under a policy and compare with AdamW and the hand control.
@@ -131,6 +132,7 @@ def evaluate(
         folder: where references are kept from one use to the next.
         trust: trust ratios of the inner optimizer, for policy and hand control; None for what the
             policy was trained with.
+        hidden_eval: share of the runs that show no eval loss; None for that of the training.
         data_dir: for families that read files.
 
     Raises:
@@ -139,6 +141,8 @@ def evaluate(
     config, control = trained_config(policy)
     if trust is not None:
         config = replace(config, policy=replace(config.policy, trust=trust))
+    if hidden_eval is not None:
+        config = replace(config, tasks=replace(config.tasks, hidden_eval=hidden_eval))
     start = policy.start_hyperparameters
     validation = Validation(config, settings, start, control, workers, folder, data_dir)
     return compared(validation, policy.weights)

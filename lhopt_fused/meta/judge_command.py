@@ -41,6 +41,10 @@ def meta_validate(
     trust: Annotated[
         TrustName | None, typer.Option(help="Trust ratios; else as it was trained.")
     ] = None,
+    hidden_eval: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of runs without an eval loss; else as in training."),
+    ] = None,
     workers: _Workers = 2,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("meta-validation"),
     data_dir: _DataDir = None,
@@ -63,10 +67,20 @@ def meta_validate(
         out.mkdir(parents=True, exist_ok=True)
         with _pool(workers) as pool:
             for name, chosen in parts.items():
-                results = evaluate(found, chosen, pool, out, trust=trust, data_dir=data_dir)
+                results = evaluate(
+                    found,
+                    chosen,
+                    pool,
+                    out,
+                    trust=trust,
+                    hidden_eval=hidden_eval,
+                    data_dir=data_dir,
+                )
                 _console.print(_share_table(name, results))
                 file = out / f"{found.name}-{name.replace(' ', '-')}.json"
-                write_results(results, file, {"policy": found.name, "commit": found.commit})
+                about = {"policy": found.name, "commit": found.commit}
+                about |= {"trust": trust, "hidden_eval": hidden_eval}
+                write_results(results, file, about)
     _console.print(f"written to {out}/")
 
 

@@ -142,7 +142,7 @@ class Validation:
         """Identifies the references by all that they depend on."""
         described = {
             "settings": [asdict(setting) for setting in self.settings],
-            "start": self._start,
+            "start": {**self._start, "lr": self._control.lr},
             "control": self._control.to_plain(),
             "baseline": self._config.baseline,
             "trust": self._config.policy.trust,

@@ -28,7 +28,7 @@ from lhopt_fused.meta.evaluate import (
     write_results,
 )
 from lhopt_fused.meta.figure import draw_ablations
-from lhopt_fused.meta.jobs import make_network
+from lhopt_fused.meta.jobs import Play, make_network
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.tasks import HELDOUT
 from lhopt_fused.policy import LearnedPolicy, save_policy
@@ -95,6 +95,25 @@ def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
     plain = json.loads((tmp_path / "results.json").read_text())
     assert plain["policy"] == "small"
     assert plain["settings"][1]["beats_control"] == results[1].won["control"].tolist()
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 1.0])
+def test_the_eval_loss_may_be_shown_or_hidden(tmp_path, share):
+    shown = []
+
+    class Watching(Inline):
+        def start(self, jobs):
+            listed = list(jobs)
+            shown.extend(
+                job.batch(START_HYPERPARAMETERS, noise=False, baseline=False).has_eval_loss
+                for job in listed
+                if isinstance(job, Play)
+            )
+            return super().start(listed)
+
+    evaluate(policy(), new_settings(CONFIG, 4, 8), Watching(), tmp_path, hidden_eval=share)
+    found = torch.cat(shown).float().mean()
+    assert found == 1 - share if share is not None else 0 < found < 1
 
 
 def test_a_policy_that_does_not_say_what_it_was_trained_on_is_refused():
