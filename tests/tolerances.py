@@ -95,7 +95,7 @@ FIRST_RATIO: Final = Tolerance(0.0, 1e-8)
 GRADIENT_NORM: Final = Tolerance(1e-4)
 # a clipped gradient's norm, float32: torch divides by the norm plus 1e-6
 CLONED_SHIFT: Final = Tolerance(0.0, 0.1)
-# mean log multipliers after a short cloning: the entropy bonus keeps them a little nearer to 0
+# mean log multipliers after a short cloning: exploration keeps them a little nearer to 0
 
 SPEEDUP: Final = Tolerance(1e-9, 1e-4)
 # budgets found on a curve, relative to the budget: its logarithm and back; the absolute one is for

@@ -124,25 +124,27 @@ class CloningConfig:
     Attributes:
         settings: batches of tasks to try all of them on; the best on average is the hand control.
         batches: how many of these to learn from; 0 for a start from scratch.
-        temperature: log speed-up by which a schedule must be better to weigh e times as much on a
-            task: the teacher's log learning rate is the mean over schedules.
+        temperature: ranks by which the weight of a schedule falls to 1/e; the teacher's log
+            learning rate on a task is the weighted mean over schedules.
         steps: of gradient descent on them.
         learning_rate: of Adam.
-        entropy: weight of the entropy that heads keep.
+        exploration: share of the probability that is spread over all choices of a head.
         wander: standard deviation of the noise on the teacher's log learning rates.
     """
 
     settings: int = 16
     batches: int = 16
-    temperature: float = 0.2
+    temperature: float = 2.0
     steps: int = 600
     learning_rate: float = 1e-3
-    entropy: float = 1e-2
+    exploration: float = 0.02
     wander: float = 0.15
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "settings", "steps")
-        _check_at_least(self, 0, "batches", "entropy", "wander")
+        _check_at_least(self, 0, "batches", "wander")
+        if not 0 <= self.exploration < 1:
+            raise ValueError(f"exploration is {self.exploration}, expected 0 to below 1")
         _check_above_zero(self, "learning_rate", "temperature")
         if self.batches > self.settings:
             raise ValueError(

@@ -1,23 +1,46 @@
 """The hand control: the inner optimizer under the one fixed schedule that is best on the training
-tasks. It is what a policy starts from, and what it has to beat."""
+tasks, which a policy has to beat; and the teachers, which follow what is best on each task."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
-from lhopt_fused.meta.baselines import SCHEDULES
+from lhopt_fused.meta.baselines import SCHEDULES, Schedule
 from lhopt_fused.meta.episode import EpisodeBatch
 from lhopt_fused.meta.learner import within_reach
 from lhopt_fused.meta.setting import outer_boundaries
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["CONTROL_RATES", "HandControl", "control_grid", "demonstrate", "teacher_weights"]
+__all__ = [
+    "CONTROL_RATES",
+    "CONTROL_SCHEDULES",
+    "HandControl",
+    "control_grid",
+    "demonstrate",
+    "teacher_weights",
+]
 
 CONTROL_RATES: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Learning rates among which the hand control is searched."""
+
+_STILL: Final = 1e-3
+
+
+def _stopping(share: float) -> Schedule:
+    return lambda progress: max(1.0 - progress / share, _STILL)
+
+
+CONTROL_SCHEDULES: Final[Mapping[str, Schedule]] = {
+    **SCHEDULES,
+    "quarter": _stopping(1 / 4),
+    "sixteenth": _stopping(1 / 16),
+}
+"""Schedules among which it is searched: those of the baselines, and two that fall to almost nothing
+in the first part of the run, as suits tasks that overfit."""
 
 _LR: Final = HYPERPARAMETERS.index("lr")
 
@@ -28,7 +51,7 @@ class HandControl:
 
     Attributes:
         lr: its peak.
-        schedule: one of ``baselines.SCHEDULES``, by name.
+        schedule: one of :data:`CONTROL_SCHEDULES`, by name.
     """
 
     lr: float
@@ -36,7 +59,7 @@ class HandControl:
 
     def learning_rate(self, progress: float) -> float:
         """The learning rate at ``progress``, 0 to 1."""
-        return self.lr * SCHEDULES[self.schedule](progress)
+        return self.lr * CONTROL_SCHEDULES[self.schedule](progress)
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -45,20 +68,21 @@ class HandControl:
 
 def control_grid() -> list[HandControl]:
     """All that the hand control is chosen from."""
-    return [HandControl(lr, schedule) for lr in CONTROL_RATES for schedule in SCHEDULES]
+    return [HandControl(lr, schedule) for lr in CONTROL_RATES for schedule in CONTROL_SCHEDULES]
 
 
-def teacher_weights(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
-    """How much the teacher of each task makes of each schedule: the softmax of what it earned.
+def teacher_weights(losses: torch.Tensor, temperature: float) -> torch.Tensor:
+    """How much the teacher of each task makes of each schedule: the softmax of its rank.
 
     Args:
-        rewards: float64 ``[C, T]``, log speed-up of each of :func:`control_grid` on each task.
-        temperature: difference of rewards for which a weight is e times another.
+        losses: ``[C, T]``, in the end, of each of :func:`control_grid` on each task.
+        temperature: ranks by which a weight falls to 1/e.
 
     Returns:
         float64 ``[T, C]``, each row of sum 1.
     """
-    return (rewards / temperature).softmax(0).T
+    ranks = losses.nan_to_num(nan=torch.inf).argsort(dim=0, stable=True).argsort(0)
+    return (-ranks.double() / temperature).softmax(0).T
 
 
 def _teacher_rates(weights: torch.Tensor, progress: float) -> torch.Tensor:

@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 
 from lhopt_fused.meta.baselines import (
     DEFAULT_OF_GRID,
-    SCHEDULES,
     Curves,
     adamw_grid,
     curves,
     final_losses,
 )
 from lhopt_fused.meta.config import MetaConfig
-from lhopt_fused.meta.control import HandControl, control_grid, demonstrate
+from lhopt_fused.meta.control import (
+    CONTROL_SCHEDULES,
+    HandControl,
+    control_grid,
+    demonstrate,
+)
 from lhopt_fused.meta.critic import Critic
 from lhopt_fused.meta.episode import PRIVILEGED_INPUTS, EpisodeBatch, sample_tasks
 from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward
@@ -149,22 +153,24 @@ class Demonstrate(Job):
 
 @dataclass(frozen=True)
 class ScoreControls(Job):
-    """The reward of each of the possible hand controls on each task, ``[C, T]``."""
+    """The final loss of each of the possible hand controls on each task, and its reward.
+
+    ``[C, T]`` both."""
 
     start: Mapping[str, float]
 
-    def __call__(self) -> NDArray[np.float64]:
+    def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         tasks = sample_tasks(self.setting, self.config.device, self.data_dir)
         grid = control_grid()
         losses = final_losses(
             tasks,
             [self.config.policy.settings({**self.start, "lr": c.lr}) for c in grid],
-            [SCHEDULES[control.schedule] for control in grid],
+            [CONTROL_SCHEDULES[control.schedule] for control in grid],
             self.setting.total_steps,
         )
         curve = _fit(curves(tasks, self.setting.total_steps, self.config.baseline))
         rewards = [speedup_reward(curve, row, self.setting.total_steps) for row in losses]
-        return torch.stack(rewards).cpu().numpy()
+        return losses.cpu().numpy(), torch.stack(rewards).cpu().numpy()
 
 
 class References(NamedTuple):
@@ -203,7 +209,7 @@ class FindReferences(Job):
         settings, schedules = adamw_grid()
         grid = final_losses(tasks, settings, schedules, steps)
         own = self.config.policy.settings({**self.start, "lr": self.control.lr})
-        control = final_losses(tasks, [own], [SCHEDULES[self.control.schedule]], steps)[0]
+        control = final_losses(tasks, [own], [CONTROL_SCHEDULES[self.control.schedule]], steps)[0]
         default = grid[DEFAULT_OF_GRID]
         found = curves(tasks, steps, self.config.baseline)
         arrays = (default, grid, control, found.steps, found.losses)

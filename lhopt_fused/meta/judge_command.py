@@ -78,8 +78,12 @@ def meta_validate(
                 )
                 _console.print(_share_table(name, results))
                 file = out / f"{found.name}-{name.replace(' ', '-')}.json"
-                about = {"policy": found.name, "commit": found.commit}
-                about |= {"trust": trust, "hidden_eval": hidden_eval}
+                about = {
+                    "policy": found.name,
+                    "commit": found.commit,
+                    "trust": trust,
+                    "hidden_eval": hidden_eval,
+                }
                 write_results(results, file, about)
     _console.print(f"written to {out}/")
 

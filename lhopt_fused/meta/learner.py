@@ -6,7 +6,6 @@ And a supervised start, which a learner may go on from.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -14,8 +13,7 @@ import torch
 
 from lhopt_fused.actions import ActionSpace
 from lhopt_fused.meta.critic import Critic, unroll_critic, unroll_policy
-from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, entropy, masked_mean, ppo_losses
-from lhopt_fused.policy.decision import decide
+from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, masked_mean, ppo_losses
 from lhopt_fused.policy.network import PolicyNetwork
 
 __all__ = ["EpisodeBuffer", "Learner", "clone_behaviour", "within_reach"]
@@ -313,31 +311,28 @@ def clone_behaviour(
     steps: int = 1000,
     minibatch_episodes: int = 128,
     learning_rate: float = 1e-3,
-    entropy_weight: float = 1e-2,
-    reach: float = 0.9,
+    exploration: float = 0.02,
     gradient_norm: float = 5.0,
     seed: int = 0,
 ) -> list[float]:
     """Train a network until its mean decisions are the given ones.
 
-    Minimises the squared difference of the mean shift of each head from its target, in units of
-    the largest shift of the head, minus ``entropy_weight`` times the share of the largest entropy
-    that the head has left, with targets within ``reach``: so that PPO finds heads that still
-    explore. A register head is not trained. First of all the network's input statistics take in
-    all the features.
+    Minimises the cross-entropy of each head with the two choices on either side of the target
+    shift, weighted so that their mean is the target: what the network then decides on average is
+    the mean of the targets that it cannot tell apart. A register head is not trained. First of all
+    the network's input statistics take in all the features.
 
     Args:
         network: trained in place, with Adam; left in evaluation mode.
         features: float32 ``[N, T, F]`` of whole episodes.
-        target_shifts: ``[N, T, 8]``, log multipliers or logit shifts; ones outside of the reach
+        target_shifts: ``[N, T, 8]``, log multipliers or logit shifts; ones out of a head's reach
             count as the nearest within.
         mask: bool ``[N, T]``, true from the first step of an episode to its last.
         space: the actions.
         steps: gradient steps, each on ``minibatch_episodes`` episodes drawn anew.
         learning_rate, gradient_norm: of a gradient step.
-        entropy_weight: see above.
-        reach: share of the range between a head's smallest and largest shift; all of it would make
-            heads certain.
+        exploration: share of the probability that is spread over all choices of a head, for PPO to
+            find them.
         seed: of the draws.
 
     Returns:
@@ -348,7 +343,14 @@ def clone_behaviour(
     """
     _check_demonstrations(network, features, target_shifts, mask, space)
     device = network.pre.weight.device
-    targets = within_reach(target_shifts.double().cpu(), space, reach)
+    shifts = within_reach(target_shifts.double().cpu(), space)
+    targets = torch.cat(
+        [
+            _around(shift, shift.new_tensor(action.shifts), exploration)
+            for shift, action in zip(shifts.unbind(-1), space.actions, strict=True)
+        ],
+        dim=-1,
+    ).float()
     network.eval().normalisation.take_in(features[mask].to(device))
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -356,7 +358,7 @@ def clone_behaviour(
     for _ in range(steps):
         chosen = torch.randperm(len(mask), generator=generator)[:minibatch_episodes]
         seen, wanted, valid = (x[chosen.to(x.device)].to(device) for x in (features, targets, mask))
-        loss = _cloning_loss(network, seen, wanted, valid, space, entropy_weight)
+        loss = _cross_entropy(network, seen, wanted, valid, space)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_norm, error_if_nonfinite=True)
@@ -365,31 +367,42 @@ def clone_behaviour(
     return [loss.item() for loss in curve]
 
 
-def within_reach(shifts: torch.Tensor, space: ActionSpace, reach: float = 1.0) -> torch.Tensor:
-    """Shifts ``[..., 8]`` inside the given share of each head's range, around its middle."""
+def within_reach(shifts: torch.Tensor, space: ActionSpace) -> torch.Tensor:
+    """Shifts ``[..., 8]``, each moved to the nearest between its head's smallest and largest."""
     limits = [(min(action.shifts), max(action.shifts)) for action in space.actions]
     low, high = shifts.new_tensor(limits).T
-    middle, half = (low + high) / 2, reach * (high - low) / 2
-    return shifts.clamp(middle - half, middle + half)
+    return shifts.clamp(low, high)
 
 
-def _cloning_loss(
+def _around(target: torch.Tensor, shifts: torch.Tensor, exploration: float) -> torch.Tensor:
+    """Probabilities ``[..., C]`` of a head's shifts ``[C]``, ascending, whose mean is the target.
+
+    The two beside it share what ``exploration`` leaves."""
+    nearest = torch.full((*target.shape, len(shifts)), exploration / len(shifts)).to(target)
+    last = len(shifts) - 1
+    above = torch.searchsorted(shifts, target.contiguous()).clamp(min(1, last), last)
+    below = (above - 1).clamp_min(0)
+    gap = shifts[above] - shifts[below]
+    share = torch.where(gap > 0, (target - shifts[below]) / gap, 0.0)[..., None]
+    left = 1.0 - exploration
+    nearest.scatter_add_(-1, below[..., None], left * (1.0 - share))
+    return nearest.scatter_add_(-1, above[..., None], left * share)
+
+
+def _cross_entropy(
     network: PolicyNetwork,
     features: torch.Tensor,
     targets: torch.Tensor,
     mask: torch.Tensor,
     space: ActionSpace,
-    entropy_weight: float,
 ) -> torch.Tensor:
-    logits = unroll_policy(network, features, mask)
-    zeros = torch.zeros_like(mask, dtype=torch.int64)
-    shifts = decide(logits, space, "mean", seed=zeros, step=zeros).shifts
-    units = [max(map(abs, action.shifts)) or 1.0 for action in space.actions]
-    errors = ((shifts - targets) / shifts.new_tensor(units)).square()
-    largest = [math.log(max(len(action.choices), 2)) for action in space.actions]
-    entropies = entropy(logits, space.head_sizes)[..., : len(space.actions)]
-    left = entropies / logits.new_tensor(largest)
-    return masked_mean((errors - entropy_weight * left).mean(-1), mask)
+    """Mean over steps of that of all heads but the registers'; targets are probabilities."""
+    sizes = [len(action.choices) for action in space.actions]
+    logits = unroll_policy(network, features, mask)[..., : sum(sizes)]
+    log_probabilities = torch.cat(
+        [head.log_softmax(-1) for head in torch.split(logits, sizes, dim=-1)], dim=-1
+    )
+    return masked_mean(-(targets * log_probabilities).sum(-1), mask)
 
 
 def _check_demonstrations(

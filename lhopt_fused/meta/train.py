@@ -222,8 +222,8 @@ class MetaTraining:
             ScoreControls(self.config, replace(s, repeats=1), self._data_dir, START_HYPERPARAMETERS)
             for s in settings
         ]
-        rewards = self._workers.start(jobs).results()
-        scores = np.mean([reward.mean(-1) for reward in rewards], axis=0)
+        found = self._workers.start(jobs).results()
+        scores = np.mean([rewards.mean(-1) for _, rewards in found], axis=0)
         control = control_grid()[int(scores.argmax())]
         self._progress.control = control
         table = [
@@ -232,17 +232,18 @@ class MetaTraining:
         ]
         (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
         if own.batches:
-            self._imitate(settings[: own.batches], rewards[: own.batches])
+            losses = [losses for losses, _ in found]
+            self._imitate(settings[: own.batches], losses[: own.batches])
         self._acting = self._weights()
 
-    def _imitate(self, settings: list[Setting], rewards: list[NDArray[np.float64]]) -> None:
+    def _imitate(self, settings: list[Setting], losses: list[NDArray[np.float64]]) -> None:
         own = self.config.cloning
         jobs = []
-        for setting, reward in zip(settings, rewards, strict=True):
-            weights = teacher_weights(torch.from_numpy(reward), own.temperature).numpy()
+        for setting, of_setting in zip(settings, losses, strict=True):
+            weights = teacher_weights(torch.from_numpy(of_setting), own.temperature).numpy()
             jobs.append(Demonstrate(self.config, setting, self._data_dir, self.start, weights))
         features, targets, mask = _padded(self._workers.start(jobs).results())
-        losses = clone_behaviour(
+        curve = clone_behaviour(
             self._learner.network,
             features,
             targets,
@@ -250,10 +251,10 @@ class MetaTraining:
             self.config.policy.action_space,
             steps=own.steps,
             learning_rate=own.learning_rate,
-            entropy_weight=own.entropy,
+            exploration=own.exploration,
             seed=self.config.seed,
         )
-        (self.folder / "imitation.json").write_text(json.dumps(losses))
+        (self.folder / "imitation.json").write_text(json.dumps(curve))
         self._learner.start_from_network()
 
     @property

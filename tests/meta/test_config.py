@@ -74,6 +74,7 @@ def test_overrides_replace_values_of_the_file():
         ("validation.tasks=0", "validation.tasks is 0"),
         ("validation.every=0", "validation.every is 0"),
         ("cloning.steps=0", "cloning.steps is 0"),
+        ("cloning.exploration=1", "cloning.exploration is 1"),
         ("cloning.temperature=0", "cloning.temperature is 0"),
         ("cloning.batches=9", "cloning.batches is 9, expected at most settings, 4"),
         ("policy.start_lr=0", "policy.start_lr is 0"),

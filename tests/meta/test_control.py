@@ -29,18 +29,24 @@ def certain(*controls: HandControl) -> torch.Tensor:
     return torch.eye(len(GRID), dtype=torch.float64)[[GRID.index(c) for c in controls]]
 
 
-def test_weights_are_a_softmax_over_schedules_for_each_task():
-    rewards = torch.zeros(len(GRID), 2, dtype=torch.float64)
-    rewards[3, 0], rewards[5, 1] = 0.2, -3.0
-    weights = teacher_weights(rewards, 0.2)
-    rest = len(GRID) - 1
-    expected = torch.full((2, len(GRID)), 1 / (rest + math.e), dtype=torch.float64)
-    expected[0, 3] = math.e / (rest + math.e)
-    expected[1] = 1 / (rest + math.exp(-15))
-    expected[1, 5] = math.exp(-15) / (rest + math.exp(-15))
+def test_weights_are_a_softmax_over_the_ranks_on_each_task():
+    count = len(GRID)
+    losses = torch.arange(count, dtype=torch.float64).repeat(2, 1).T.contiguous()
+    losses[:, 1] *= -100.0  # the other way round, and far apart: only the order counts
+    losses[0, 1] = torch.nan  # the last, as it was
+    weights = teacher_weights(losses, 2.0)
+    falling = (-torch.arange(count, dtype=torch.float64) / 2).exp()
+    expected = torch.stack([falling, falling.flip(0)]) / falling.sum()
     assert_close(weights, expected, TEACHER, expected)
     with pytest.raises(AssertionError):
-        assert_close(teacher_weights(rewards, 0.4), expected, TEACHER, expected)
+        assert_close(teacher_weights(losses, 2.1), expected, TEACHER, expected)
+
+
+def test_some_schedules_are_still_after_a_part_of_the_run():
+    for name, share in (("quarter", 1 / 4), ("sixteenth", 1 / 16)):
+        control = HandControl(0.1, name)
+        assert control.learning_rate(share / 2) == pytest.approx(0.05)
+        assert control.learning_rate(share) == control.learning_rate(1.0) == pytest.approx(1e-4)
 
 
 def test_a_teacher_steers_to_its_schedule_in_the_middle_of_the_coming_outer_step():

@@ -25,7 +25,7 @@ from tolerances import CLONED_SHIFT, FIRST_RATIO, GRADIENT_NORM, assert_close
 from lhopt_fused.actions import ACTIONS, DEFAULT_ACTION_SPACE, ActionSpace
 from lhopt_fused.meta.critic import unroll_policy
 from lhopt_fused.meta.learner import EpisodeBuffer, Learner, clone_behaviour
-from lhopt_fused.meta.ppo import Episodes, PPOConfig, entropy
+from lhopt_fused.meta.ppo import Episodes, PPOConfig
 from lhopt_fused.policy import NetworkShape, PolicyNetwork
 from lhopt_fused.policy.decision import decide
 from lhopt_fused.policy.network import InputNormalisation
@@ -350,7 +350,7 @@ def cloned(**options: Any) -> tuple[PolicyNetwork, list[float]]:
 def test_clones_decide_as_they_were_shown() -> None:
     features, targets, mask = demonstrations()
     network, losses = cloned()
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]  # what is left is the entropy of the targets
     shifts = mean_shifts(network, features, mask)
     assert_close(shifts[mask], targets[mask], CLONED_SHIFT, 1.0)
     start, _ = cloned(steps=1)
@@ -358,12 +358,23 @@ def test_clones_decide_as_they_were_shown() -> None:
         assert_close(mean_shifts(start, features, mask)[mask], targets[mask], CLONED_SHIFT, 1.0)
 
 
+def test_clones_of_teachers_that_disagree_decide_their_mean() -> None:
+    features, targets, mask = demonstrations()
+    doubled = [torch.cat([features] * 2), torch.cat([targets + 0.2, targets - 0.2])]
+    doubled.append(torch.cat([mask] * 2))
+    network, _ = cloned(steps=1)
+    options = {"steps": 300, "minibatch_episodes": 96, "learning_rate": 5e-3}
+    clone_behaviour(network, *doubled, DEFAULT_ACTION_SPACE, **options)
+    head = mean_shifts(network, features, mask)[mask][:, 0]
+    assert_close(head, targets[mask][:, 0], CLONED_SHIFT, 1.0)
+
+
 def test_clones_still_explore() -> None:
     """Even where they were shown the largest steps; the twin, told to copy those, does not."""
     features, targets, mask = demonstrations()
     targets[..., 0] = math.log(0.5)
-    least = []
-    for reach, weight in ((0.9, 1e-2), (1.0, 0.0)):
+    rarest = []
+    for exploration in (0.05, 0.0):
         network, _ = cloned(steps=1)
         clone_behaviour(
             network,
@@ -371,15 +382,15 @@ def test_clones_still_explore() -> None:
             targets,
             mask,
             DEFAULT_ACTION_SPACE,
-            steps=200,
+            steps=300,
             learning_rate=5e-3,
-            reach=reach,
-            entropy_weight=weight,
+            exploration=exploration,
         )
-        logits = unroll_policy(network, features, mask)
-        least.append(entropy(logits, DEFAULT_ACTION_SPACE.head_sizes)[mask][:, 0].min().item())
-    assert least[0] > 0.3
-    assert least[1] < 0.1
+        choices = DEFAULT_ACTION_SPACE.head_sizes[0]
+        head = unroll_policy(network, features, mask)[mask][:, :choices].softmax(-1)
+        rarest.append(choices * head.mean(0).min().item())
+    assert 0.025 < rarest[0] < 0.1
+    assert rarest[1] < 0.01
 
 
 def test_cloning_repeats_to_the_bit() -> None:
