@@ -18,8 +18,9 @@ import torch
 from lhopt_fused import __version__
 from lhopt_fused.evaluation.optimizers import CONTENDERS, contender_version
 from lhopt_fused.evaluation.plan import Plan
+from lhopt_fused.evaluation.rows import Circumstances, Row
 from lhopt_fused.evaluation.run import PROTOCOL, RunResult, RunSpec, run
-from lhopt_fused.evaluation.store import Circumstances, Row, Store
+from lhopt_fused.evaluation.store import Store
 from lhopt_fused.evaluation.task import Size
 from lhopt_fused.evaluation.tasks import load_task
 from lhopt_fused.stopping import StopRequest

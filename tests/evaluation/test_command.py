@@ -41,30 +41,22 @@ def test_an_evaluation_from_nothing_and_again(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "one" / "runs.sqlite").rows()) == 30
 
     report.unlink()
-    code, output = invoke("--tasks", "toy", "--report-only", "--out", out)
-    assert (code, report.read_text()) == (0, text)
-    assert "runs," not in output
+    found = CliRunner().invoke(app, ["report", out])
+    assert (found.exit_code, report.read_text()) == (0, text)
+    assert "runs," not in found.output
 
     code, output = invoke(*options, "--out", out)
     assert "configurations: 22 runs, 22 of them in the store" in output
     assert report.read_text() == text
 
-    merged = ("--report-only", "--merge", f"{out}/runs.sqlite", "--out", str(tmp_path / "two"))
-    Store(tmp_path / "two" / "runs.sqlite")
-    code, output = invoke("--tasks", "toy", *merged)
-    assert code == 0
-    assert "30 runs taken over" in output
-    assert (tmp_path / "two" / "report.md").read_text() == text
-
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--tasks", "chess"), "--tasks: 'chess' is none of language_model,"),
+        (("--tasks", "chess"), "--tasks: 'chess' is none of language_model_narrow,"),
         (("--size", "huge"), "--size: 'huge' is none of small, full"),
         (("--optimizers", "adamw,sgd"), "--optimizers: 'sgd' is none of adamw,"),
         (("--policy", "none"), "there is no policy 'none'"),
-        (("--report-only",), "there is no store"),
         (("--tasks", "gmf"), "MovieLens not found: give --data-dir; get it from"),
         (("--tasks", "fashion_mlp"), "Fashion-MNIST not found: expected"),
         (("--device", "cuda"), "--device is cuda, but torch finds no GPU here"),
@@ -83,6 +75,6 @@ def test_what_is_wrong_is_said(
 
 def test_an_empty_store_has_no_report(tmp_path: Path) -> None:
     Store(tmp_path / "runs.sqlite")
-    code, output = invoke("--report-only", "--out", str(tmp_path))
-    assert code == 0
-    assert "There are no runs of these tasks of size small" in output
+    found = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert found.exit_code == 0
+    assert "There are no such runs in" in found.output

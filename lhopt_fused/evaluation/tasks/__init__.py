@@ -9,7 +9,11 @@ from typing import Final
 
 from lhopt_fused.evaluation.task import Size, Task
 from lhopt_fused.evaluation.tasks.fashion import FashionAutoencoder, FashionCNN, FashionMLP
-from lhopt_fused.evaluation.tasks.language_model import LanguageModel, LanguageModelWide
+from lhopt_fused.evaluation.tasks.language_model import (
+    LanguageModel,
+    LanguageModelNarrow,
+    LanguageModelWide,
+)
 from lhopt_fused.evaluation.tasks.quadratic import NoisyQuadratic
 from lhopt_fused.evaluation.tasks.recommendation import GMF, NeuMF
 from lhopt_fused.evaluation.tasks.resnet import ResNet
@@ -21,6 +25,7 @@ __all__ = ["TASKS", "load_task"]
 TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
     kind.name: kind
     for kind in (
+        LanguageModelNarrow,
         LanguageModel,
         LanguageModelWide,
         FashionMLP,

@@ -13,7 +13,11 @@ from torch import nn
 from lhopt_fused.demo.model import GPT, GPTConfig
 from lhopt_fused.evaluation.task import Batch, DataError, Scores, Size, Split, Task, find_data
 
-__all__ = ["LanguageModel", "LanguageModelWide"]
+__all__ = ["WIDTHS", "LanguageModel", "LanguageModelNarrow", "LanguageModelWide"]
+
+WIDTHS: Final = ("language_model_narrow", "language_model", "language_model_wide")
+"""Tasks that differ in the width of their model alone, narrowest first."""
+
 
 _SOURCE: Final = (
     "https://huggingface.co/datasets/Salesforce/wikitext: wikitext-2 as train.txt, valid.txt and "
@@ -107,8 +111,18 @@ class LanguageModel(Task):
         return Scores(nats, {"bits_per_byte": nats / math.log(2)})
 
 
+class LanguageModelNarrow(LanguageModel):
+    """The same, half as wide."""
+
+    name = "language_model_narrow"
+    _models: ClassVar[dict[Size, GPTConfig]] = {
+        "small": GPTConfig(context=64, width=32, layers=2, heads=4),
+        "full": GPTConfig(context=512, width=256, layers=8, heads=8),
+    }
+
+
 class LanguageModelWide(LanguageModel):
-    """The same, twice as wide, to see speed-up against the size of the model."""
+    """The same, twice as wide."""
 
     name = "language_model_wide"
     _models: ClassVar[dict[Size, GPTConfig]] = {
