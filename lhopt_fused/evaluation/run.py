@@ -163,7 +163,7 @@ class _Run:
         return self._result(done)
 
     def _batches(self) -> Iterator[Batch]:
-        batches = self.task.batches(self.generator)
+        batches = self.task.stream(self.model, self.generator)
         while True:
             with self.clock.training():
                 batch = tuple(tensor.to(self.device) for tensor in next(batches))

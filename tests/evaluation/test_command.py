@@ -67,7 +67,7 @@ def test_what_is_wrong_is_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fashion, "_SYSTEM", tmp_path / "not-installed")
-    fashion._splits.cache_clear()
+    fashion.fashion_splits.cache_clear()
     code, output = invoke(*arguments, "--out", str(tmp_path / "out"))
     assert code == 2
     assert f"Error: {problem}" in output

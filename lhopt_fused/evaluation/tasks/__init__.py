@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from lhopt_fused.evaluation.task import Size, Task
+from lhopt_fused.evaluation.tasks.cartpole import CartPole
+from lhopt_fused.evaluation.tasks.diffusion import Diffusion
 from lhopt_fused.evaluation.tasks.fashion import FashionAutoencoder, FashionCNN, FashionMLP
 from lhopt_fused.evaluation.tasks.language_model import (
     LanguageModel,
+    LanguageModelBPE,
     LanguageModelNarrow,
     LanguageModelWide,
 )
@@ -18,6 +21,7 @@ from lhopt_fused.evaluation.tasks.quadratic import NoisyQuadratic
 from lhopt_fused.evaluation.tasks.recommendation import GMF, NeuMF
 from lhopt_fused.evaluation.tasks.resnet import ResNet
 from lhopt_fused.evaluation.tasks.sentiment import SentimentLSTM, SentimentTransformer
+from lhopt_fused.evaluation.tasks.sequences import AdditionRNN, XorRNN
 from lhopt_fused.evaluation.tasks.speech import SpeechCTC, SpeechKeyword
 
 __all__ = ["TASKS", "load_task"]
@@ -28,6 +32,7 @@ TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
         LanguageModelNarrow,
         LanguageModel,
         LanguageModelWide,
+        LanguageModelBPE,
         FashionMLP,
         FashionCNN,
         ResNet,
@@ -38,6 +43,10 @@ TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
         SpeechKeyword,
         SpeechCTC,
         FashionAutoencoder,
+        Diffusion,
+        CartPole,
+        XorRNN,
+        AdditionRNN,
         NoisyQuadratic,
     )
 }
