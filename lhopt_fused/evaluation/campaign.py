@@ -135,11 +135,22 @@ class Campaign:
             yield _Here()
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_worker)
+        pool = _Pool(self.workers, mp_context=context, initializer=_begin_worker)
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes that never hear of Ctrl-C, from their first moment; it is for this one."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Here(Executor):
@@ -152,9 +163,7 @@ class _Here(Executor):
 
 
 def _begin_worker() -> None:
-    """One thread each; Ctrl-C is for the process that hands out the runs."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache

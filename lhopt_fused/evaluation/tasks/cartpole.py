@@ -121,12 +121,13 @@ class CartPole(Task):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         states, actions, old, advantages, returns = batch
         logits, values = model(states)
-        choice = torch.distributions.Categorical(logits=logits)
+        log_probs = logits.log_softmax(-1)
         mask = torch.ones_like(old, dtype=torch.bool)
-        ratio = choice.log_prob(actions) - old
+        ratio = log_probs.gather(1, actions[:, None])[:, 0] - old
         policy = clipped_policy_loss(ratio, normalised(advantages, mask), mask, _CLIP)
         critic = value_loss(values, values, returns, mask)
-        return policy + critic - _ENTROPY * choice.entropy().mean()
+        entropy: torch.Tensor = -(log_probs.exp() * log_probs).sum(-1).mean()
+        return policy + critic - _ENTROPY * entropy
 
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
         returns = self._play(model, batch[0].tolist(), None).mask.sum(1).double()
@@ -157,7 +158,8 @@ class CartPole(Task):
                 now[row] = torch.from_numpy(state)
                 fell[row], going[row] = fallen, not (fallen or over)
         beyond = torch.where(fell, 0.0, model(now.to(device))[1].cpu())
-        return _Episodes(*(torch.stack(part, 1) for part in zip(*steps, strict=True)), beyond)
+        parts = [torch.stack(part, 1) for part in zip(*steps, strict=True)]
+        return _Episodes._make([*parts, beyond])
 
 
 def _chosen(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

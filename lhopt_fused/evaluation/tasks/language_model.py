@@ -57,10 +57,7 @@ def _splits(size: Size, data_dir: Path | None) -> tuple[Batch, dict[Split, Batch
     folder, texts = _texts(size, data_dir)
     limits = zip(texts, _WINDOWS[size], strict=True)
     train, policy_eval, report = (
-        windows(
-            torch.frombuffer(bytearray(text), dtype=torch.uint8), _CONTEXT[size], at_most, folder
-        )
-        for text, at_most in limits
+        windows(_bytes(text), _CONTEXT[size], at_most, folder) for text, at_most in limits
     )
     return (train,), {"policy_eval": (policy_eval,), "report": (report,)}
 
@@ -106,6 +103,10 @@ def _read(folder: Path, part: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _bytes(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def windows(symbols: torch.Tensor, context: int, at_most: int, folder: Path) -> torch.Tensor:
@@ -188,7 +189,7 @@ class LanguageModelWide(LanguageModel):
 
 
 class LanguageModelBPE(LanguageModel):
-    """GPT over byte pairs; a held-out batch has windows and the bytes that each window's loss is of.
+    """GPT over byte pairs; held-out windows come with the bytes that their losses are of.
 
     Its loss is of a token, its metric of a byte, which those of other vocabularies compare with.
     """
@@ -204,7 +205,7 @@ class LanguageModelBPE(LanguageModel):
         return _token_splits(size, data_dir)
 
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
-        windows, byte_counts = batch
+        tokens, byte_counts = batch
         nats = self.loss(model, batch).item()
-        tokens_per_byte = windows[:, 1:].numel() / byte_counts.sum().item()
+        tokens_per_byte = tokens[:, 1:].numel() / byte_counts.sum().item()
         return Scores(nats, {"bits_per_byte": nats / math.log(2) * tokens_per_byte})
