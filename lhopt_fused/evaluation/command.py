@@ -45,7 +45,10 @@ def evaluate(
             "for several."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each configuration.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each configuration; 3 if not given, 1 with --quick."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, with one thread each.")] = 2,
     data_dir: Annotated[
         Path | None,
@@ -54,7 +57,10 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("lhopt-runs/eval"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few configurations and budgets only.")
+        bool,
+        typer.Option(
+            "--quick", help="A few configurations and budgets, and, of all tasks, the short ones."
+        ),
     ] = False,
 ) -> None:
     """Train real tasks with many optimizers and say by how much LHOPT is faster, if it is.
@@ -78,7 +84,7 @@ def evaluate(
 
 
 def _plan(
-    tasks: str, size: str, optimizers: str, policies: Sequence[str], seeds: int, quick: bool
+    tasks: str, size: str, optimizers: str, policies: Sequence[str], seeds: int | None, quick: bool
 ) -> Plan:
     """What is to be run.
 
@@ -92,16 +98,16 @@ def _plan(
     )
     from lhopt_fused.evaluation.plan import Plan
     from lhopt_fused.evaluation.task import SIZES
-    from lhopt_fused.evaluation.tasks import TASKS
+    from lhopt_fused.evaluation.tasks import SHORT, TASKS
 
     chosen = names("--optimizers", optimizers, list(CONTENDERS))
     played = (policies or [default_policy()]) if "lhopt" in chosen else []
     return Plan(
-        tasks=names("--tasks", tasks, list(TASKS)),
+        tasks=list(SHORT) if quick and tasks == "all" else names("--tasks", tasks, list(TASKS)),
         size=names("--size", size, list(SIZES))[0],
         optimizers=chosen,
         policies=[policy_configuration(policy) for policy in played],
-        seeds=seeds,
+        seeds=seeds or (1 if quick else 3),
         quick=quick,
     )
 

@@ -75,7 +75,8 @@ _NOTES: Final = (
     (
         "By the clock",
         "the speed-up by how long a step of tuned AdamW takes, over how long one takes here. "
-        "What a policy costs counts, with the evaluations that it asks for.",
+        "What a policy costs counts, with the evaluations that it asks for, and so does whatever "
+        "else the machine was doing.",
     ),
     (
         "Margin",
@@ -134,8 +135,8 @@ def _circumstances(found: Sequence[TaskSummary], rows_file: str) -> str:
     versions = sorted({f"{name} {where[name]}" for where in compared for name in COMPARED_VERSIONS})
     return (
         f"{count} runs on {', '.join(devices)} ({', '.join(machines) or 'unknown machine'}) with "
-        f"{', '.join(versions)}. Every number names its rows: those in the tables of all runs, "
-        f"and, by the same ids, in {rows_file}."
+        f"{', '.join(versions)}. Every number of a task names its rows: those in the tables of all "
+        f"runs and, by the same ids, in {rows_file}; what is said of all tasks comes from these."
     )
 
 
@@ -362,12 +363,11 @@ def overall_cells(result: Overall) -> list[str]:
         str(result.tasks),
         *(_share(result.wins[name]) for name in OPPONENTS),
         *(_interval(result.speedup[name]) for name in ("tuned", "default")),
-        *(_number(value, ".2f") for value in _clock_and_scores(result)),
+        *(
+            _number(value, ".2f")
+            for value in (result.by_the_clock, result.score, result.clock_score)
+        ),
     ]
-
-
-def _clock_and_scores(result: Overall) -> tuple[float, float, float]:
-    return result.by_the_clock, result.score, result.clock_score
 
 
 def _spread(losses: Sequence[float]) -> str:

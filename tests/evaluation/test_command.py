@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from lhopt_fused.cli import app
+from lhopt_fused.evaluation import command
 from lhopt_fused.evaluation.store import Store
-from lhopt_fused.evaluation.tasks import fashion
+from lhopt_fused.evaluation.tasks import SHORT, TASKS, fashion
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +79,16 @@ def test_an_empty_store_has_no_report(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 0
     assert "There are no such runs in" in found.output
+
+
+def test_quick_is_for_a_first_look() -> None:
+    given = ("all", "small", "adamw", [])
+    whole, quick, asked = (
+        command._plan(*given, seeds=None, quick=False),
+        command._plan(*given, seeds=None, quick=True),
+        command._plan("resnet", *given[1:], seeds=2, quick=True),
+    )
+    assert (list(whole.tasks), whole.seeds) == (list(TASKS), 3)
+    assert (list(quick.tasks), quick.seeds) == (list(SHORT), 1)
+    assert set(SHORT) < set(TASKS)
+    assert (asked.tasks, asked.seeds) == (["resnet"], 2)

@@ -24,7 +24,7 @@ from lhopt_fused.evaluation.tasks.sentiment import SentimentLSTM, SentimentTrans
 from lhopt_fused.evaluation.tasks.sequences import AdditionRNN, XorRNN
 from lhopt_fused.evaluation.tasks.speech import SpeechCTC, SpeechKeyword
 
-__all__ = ["TASKS", "load_task"]
+__all__ = ["SHORT", "TASKS", "load_task"]
 
 TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
     kind.name: kind
@@ -51,6 +51,12 @@ TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
     )
 }
 """Every task by its name; they take a size and the folder where the user's data sets are."""
+
+SHORT: Final = (
+    *("language_model_narrow", "fashion_mlp", "gmf", "neumf", "autoencoder", "diffusion"),
+    *("xor_rnn", "addition_rnn", "noisy_quadratic"),
+)
+"""Those whose runs take a few seconds on a CPU when small."""
 
 
 @lru_cache(maxsize=1)
