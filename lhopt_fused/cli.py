@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lhopt_fused.evaluation.command import evaluate
+from lhopt_fused.evaluation.command import eval_app
+from lhopt_fused.evaluation.files_command import report
 from lhopt_fused.meta.command import meta_train
 from lhopt_fused.meta.judge_command import meta_ablate, meta_validate
 from lhopt_fused.policy_command import policy_app
@@ -34,11 +35,12 @@ app = typer.Typer(
     help="A PyTorch optimizer that measures itself at the speed of a fused kernel.",
 )
 app.add_typer(policy_app, name="policy")
+app.add_typer(eval_app, name="eval")
 for _name, _command in (
     ("meta-train", meta_train),
     ("meta-validate", meta_validate),
     ("meta-ablate", meta_ablate),
-    ("eval", evaluate),
+    ("report", report),
 ):
     app.command(_name)(_command)
 _console = Console(highlight=False)

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "ciao",
         "lhopt",
         "demo",
+        "meta",
         "schedules",
         "stopping",
         "__init__",

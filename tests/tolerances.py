@@ -100,6 +100,9 @@ CLONED_SHIFT: Final = Tolerance(0.0, 0.1)
 SPEEDUP: Final = Tolerance(1e-9, 1e-4)
 # budgets found on a curve, relative to the budget: its logarithm and back; the absolute one is for
 # losses in other units, whose drops of 1e-6 have lost ten digits
+MEAN_OF_PARTS: Final = Tolerance(1e-2)
+# bits per byte, by the mean of ratios of 64 windows each against the ratio of all; of a model that
+# counts tokens as bytes it is off by half or more
 SPREAD_PART: Final = Tolerance(0.1)
 # the mean loss of every other of 300 examples, by class, against that of all; of one class alone it
 # is off by its size

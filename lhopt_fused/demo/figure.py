@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def draw_runs(
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path | BinaryIO) -> None:
     """Write ``figure`` as a PNG, in the look that all of them share."""
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)

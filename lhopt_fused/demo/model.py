@@ -1,4 +1,4 @@
-"""A small GPT over bytes: pre-norm blocks, learned positions, output tied to the embedding."""
+"""A small GPT over bytes or tokens: pre-norm blocks, learned positions, tied output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from lhopt_fused.demo.text import InputError
 
 __all__ = ["GPT", "GPTConfig"]
-
-_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class GPTConfig:
     width: int = 128
     layers: int = 4
     heads: int = 4
+    vocabulary: int = 256
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,13 +69,13 @@ class _Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Next-byte model; its initial weights follow from ``seed`` alone."""
+    """Model of the next byte, or token; its initial weights follow from ``seed`` alone."""
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.token = nn.Embedding(_BYTES, config.width)
+            self.token = nn.Embedding(config.vocabulary, config.width)
             self.position = nn.Embedding(config.context, config.width)
             self.blocks = nn.Sequential(*(_Block(config) for _ in range(config.layers)))
             self.norm = nn.LayerNorm(config.width)
@@ -91,12 +90,12 @@ class GPT(nn.Module):
             nn.init.normal_(param, std=0.02 / (2 * config.layers) ** 0.5 if adds_up else 0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``[batch, length, 256]`` of the byte after each of ``tokens`` (``int64``)."""
+        """Logits ``[batch, length, vocabulary]`` of what follows each of ``tokens`` (``int64``)."""
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
         return F.linear(self.norm(self.blocks(x)), self.token.weight)
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Mean nats per byte of ``windows`` ``[batch, length + 1]``, each byte after its past."""
+        """Mean nats per token of ``windows`` ``[batch, length + 1]``, each after its past."""
         logits = self(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())

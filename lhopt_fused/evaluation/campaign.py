@@ -18,8 +18,9 @@ import torch
 from lhopt_fused import __version__
 from lhopt_fused.evaluation.optimizers import CONTENDERS, contender_version
 from lhopt_fused.evaluation.plan import Plan
+from lhopt_fused.evaluation.rows import Circumstances, Row
 from lhopt_fused.evaluation.run import PROTOCOL, RunResult, RunSpec, run
-from lhopt_fused.evaluation.store import Circumstances, Row, Store
+from lhopt_fused.evaluation.store import Store
 from lhopt_fused.evaluation.task import Size
 from lhopt_fused.evaluation.tasks import load_task
 from lhopt_fused.stopping import StopRequest
@@ -134,11 +135,22 @@ class Campaign:
             yield _Here()
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_worker)
+        pool = _Pool(self.workers, mp_context=context, initializer=_begin_worker)
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes that never hear of Ctrl-C, from their first moment; it is for this one."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Here(Executor):
@@ -151,9 +163,7 @@ class _Here(Executor):
 
 
 def _begin_worker() -> None:
-    """One thread each; Ctrl-C is for the process that hands out the runs."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache

@@ -1,84 +1,80 @@
-"""The pictures of an evaluation: each task, performance profiles, and what policies did."""
+"""The pictures of an evaluation: each task, performance profiles, sizes, and what policies did."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lhopt_fused.demo.figure import save_figure
+from lhopt_fused.evaluation.rows import Row
 from lhopt_fused.evaluation.statistics import performance_profile
-from lhopt_fused.evaluation.store import Row
 from lhopt_fused.evaluation.summary import DEFAULT, TUNED, TaskSummary, times_to_target
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["draw_profiles", "draw_task", "draw_trajectories"]
+__all__ = ["budget_picture", "curve_picture", "profile_picture", "size_picture", "trajectories"]
 
-_COLORS: Final = ("#7f7f7f", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#009e73")
-_MORE: Final = ("#7a4ba0", "#a0522d", "#000000")
+_COLORS: Final = (
+    *("#7f7f7f", "#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#009e73"),
+    *("#7a4ba0", "#a0522d", "#000000"),
+)
 _TAUS: Final = tuple(np.linspace(1.0, 4.0, 121).tolist())
+_SHADES: Final = 64  # of lines and their edges; a page holds many pictures
+_SIZE: Final = (5.2, 4.4)  # inches; readable where the picture is as wide as a phone
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Figure) -> bytes:
+    """The picture, with the names of what is in it below."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, names), default=0) > 16 else 4
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
+    drawn, small = io.BytesIO(), io.BytesIO()
+    save_figure(figure, drawn)
+    Image.open(drawn).convert("RGB").quantize(_SHADES).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _color(label: str, labels: Sequence[str]) -> str:
-    known = [*_COLORS, *_MORE]
-    return known[labels.index(label) % len(known)]
+    return _COLORS[labels.index(label) % len(_COLORS)]
 
 
-def draw_task(path: Path, summary: TaskSummary, labels: Sequence[str]) -> None:
-    """Learning curves of the best configurations, and AdamW's loss against budget.
+def curve_picture(summary: TaskSummary, labels: Sequence[str], *, clock: bool) -> bytes:
+    """Learning curves of each optimizer's best configuration, means over seeds.
 
     Args:
-        path: of the PNG.
         summary: of the task.
         labels: all optimizers of the report, for their colours.
+        clock: against seconds of training, else steps.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    curves, budgets = figure.subplots(1, 2)
-    figure.suptitle(f"{summary.task}, {summary.size}", fontsize=12)
+    figure, ax = _panel()
     for label, rows in summary.best.items():
-        _draw_curve(curves, rows, label, _color(label, labels))
-    curves.set(xlabel="share of the run", ylabel="loss on the split that policies see")
-    _limit(curves)
-    curves.legend(frameon=False, fontsize=8)
-    for which, label in (("default", DEFAULT), ("tuned", TUNED)):
-        if label in labels:
-            _draw_budgets(budgets, summary, which, _color(label, labels))
-    for entry in summary.entries:
-        if entry.speedup["tuned"] is not None:
-            losses = [loss for loss in entry.losses if math.isfinite(loss)]
-            place = 1.0 + 0.03 * (labels.index(entry.label) - len(labels) / 2)
-            color = _color(entry.label, labels)
-            budgets.scatter([place] * len(losses), losses, s=16, color=color, zorder=3)
-    budgets.set(xlabel="budget", ylabel="final loss on the report split", xscale="log")
-    budgets.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
-    budgets.minorticks_off()
-    budgets.set_title("AdamW (lines) and the others at budget 1 (dots)", fontsize=9)
-    save_figure(figure, path)
+        _draw_curve(ax, rows, label, _color(label, labels), clock)
+    over = "seconds of training" if clock else "steps"
+    ax.set(xlabel=over, ylabel="loss on the split that policies see")
+    _limit(ax)
+    return _png(figure)
 
 
-def _draw_curve(ax: Axes, rows: Sequence[Row], label: str, color: str) -> None:
+def _draw_curve(ax: Axes, rows: Sequence[Row], label: str, color: str, clock: bool) -> None:
     """The mean over seeds, which share their steps unless a run diverged."""
     longest = max(len(row.result.curve) for row in rows)
     kept = [row.result.curve for row in rows if len(row.result.curve) == longest]
-    steps = np.array([point.step for point in kept[0]], dtype=np.float64)
+    across = np.array([[p.seconds if clock else p.step for p in curve] for curve in kept]).mean(0)
     losses = np.array([[point.eval_loss for point in curve] for curve in kept]).mean(0)
-    final = float(np.mean([row.result.report_loss for row in rows]))
-    name = f"{label}  ({final:.4g} on the report split)"
-    ax.plot(steps / max(1.0, steps[-1]), losses, color=color, linewidth=1.6, label=name)
-
-
-def _draw_budgets(ax: Axes, summary: TaskSummary, which: str, color: str) -> None:
-    budgets, losses = summary.baseline(which)
-    table = np.array(losses, dtype=np.float64).reshape(-1, len(budgets))
-    if len(budgets) > 1:
-        middle = table.mean(0)
-        ax.plot(budgets, middle, color=color, marker="o", markersize=4, label=f"{which} AdamW")
-        ax.fill_between(budgets, table.min(0), table.max(0), color=color, alpha=0.2, linewidth=0)
+    ax.plot(across, losses, color=color, linewidth=1.6, label=label)
 
 
 def _limit(ax: Axes) -> None:
@@ -91,51 +87,101 @@ def _limit(ax: Axes) -> None:
         ax.set_ylim(low - pad, high + pad)
 
 
-def draw_profiles(path: Path, found: Sequence[TaskSummary], labels: Sequence[str]) -> None:
-    """Share of tasks on which each optimizer is within tau of the fastest."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    ax = figure.subplots()
-    times = times_to_target(found)
-    profiles: Mapping[str, np.ndarray] = performance_profile(times, _TAUS) if times else {}
-    for label, heights in profiles.items():
+def budget_picture(summary: TaskSummary, labels: Sequence[str]) -> bytes:
+    """AdamW's final loss against its budget, and where the others end at budget 1."""
+    figure, ax = _panel()
+    for which, label in (("default", DEFAULT), ("tuned", TUNED)):
+        if label in labels:
+            _draw_budgets(ax, summary, which, label, _color(label, labels))
+    for entry in summary.entries:
+        if entry.speedup["tuned"] is not None:
+            losses = [loss for loss in entry.losses if math.isfinite(loss)]
+            place = 1.0 + 0.03 * (labels.index(entry.label) - len(labels) / 2)
+            color = _color(entry.label, labels)
+            places = [place] * len(losses)
+            ax.scatter(places, losses, s=16, color=color, zorder=3, label=entry.label)
+    ax.set(xlabel="budget", ylabel="final loss on the report split", xscale="log")
+    ax.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    ax.minorticks_off()
+    return _png(figure)
+
+
+def _draw_budgets(ax: Axes, summary: TaskSummary, which: str, label: str, color: str) -> None:
+    """A line through the means over seeds, in a band from the lowest to the highest."""
+    budgets, losses = summary.baseline(which)
+    table = np.array(losses, dtype=np.float64).reshape(-1, len(budgets))
+    if len(budgets) > 1:
+        ax.plot(budgets, table.mean(0), color=color, marker="o", markersize=4, label=label)
+        ax.fill_between(budgets, table.min(0), table.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def profile_picture(found: Sequence[TaskSummary], labels: Sequence[str], *, clock: bool) -> bytes:
+    """Share of tasks on which each optimizer is within tau of the fastest; some target is known."""
+    figure, ax = _panel()
+    for label, heights in performance_profile(times_to_target(found, clock), _TAUS).items():
         ax.step(_TAUS, heights, where="post", label=label, color=_color(label, labels))
+    unit = "seconds" if clock else "steps"
     ax.set(
-        xlabel="tau: times as many steps as the fastest to AdamW's median loss",
+        xlabel=f"{unit} to AdamW's median loss, over those of the fastest (tau)",
         ylabel="share of tasks",
         ylim=(-0.02, 1.02),
     )
-    if profiles:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    save_figure(figure, path)
+    return _png(figure)
 
 
-def draw_trajectories(path: Path, found: Sequence[TaskSummary]) -> bool:
-    """Hyperparameters relative to their start, of each policy on each task; whether there are any.
+def size_picture(
+    found: Sequence[TaskSummary], family: Sequence[str], labels: Sequence[str]
+) -> bytes | None:
+    """Speed-up over tuned AdamW against the size of the model.
 
-    Of the seeds, the first is shown.
+    Args:
+        found: tasks; each is a dot.
+        family: tasks that differ in the width of their model alone; a line goes through them.
+        labels: all optimizers of the report; of these, our inner optimizer and LHOPT are shown.
+
+    Returns:
+        None where no speed-up is known.
     """
-    shown = [
-        (f"{summary.task}\n{label}", rows[0].result.trajectory)
+    figure, ax = _panel()
+    shown = [label for label in labels if label.startswith(("CIAO", "LHOPT"))]
+    for label in shown:
+        dots = _sizes(found, label)
+        line = _sizes([summary for summary in found if summary.task in family], label)
+        color = _color(label, labels)
+        if dots:
+            sizes, speedups = zip(*dots, strict=True)
+            ax.scatter(sizes, speedups, s=18, alpha=0.5, color=color, label=label)
+        if len(line) > 1:
+            ax.plot(*zip(*line, strict=True), color=color, marker="o")
+    if not ax.collections:
+        return None
+    ax.axhline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
+    ax.set(xlabel="parameters of the model", ylabel="speed-up over tuned AdamW", xscale="log")
+    return _png(figure)
+
+
+def _sizes(found: Sequence[TaskSummary], label: str) -> list[tuple[int, float]]:
+    """Parameters and speed-up on each task, the smallest first."""
+    return sorted(
+        (summary.parameters, speedup.value)
         for summary in found
-        for label, rows in summary.best.items()
-        if rows[0].result.trajectory
-    ]
-    if not shown:
-        return False
-    columns = min(4, len(shown))
-    lines = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.8 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True)
-    for ax, (title, trajectory) in zip(axes.flat, shown, strict=False):
-        table = np.array(trajectory, dtype=np.float64)
+        for entry in summary.entries
+        if entry.label == label and (speedup := entry.speedup["tuned"]) is not None
+    )
+
+
+def trajectories(summary: TaskSummary) -> list[tuple[str, bytes]]:
+    """Label and picture of each policy: hyperparameters relative to their first, of one seed."""
+    found = []
+    for entry in summary.policies:
+        steps = np.array(entry.rows[0].result.trajectory, dtype=np.float64)
+        if len(steps) == 0:
+            continue
+        figure, ax = _panel()
         for index, name in enumerate(HYPERPARAMETERS, 1):
-            ratios = table[:, index] / table[0, index]
-            ax.plot(table[:, 0], ratios, label=name, color=(*_COLORS, *_MORE)[index])
-        ax.set_yscale("log")
-        ax.set_title(title, fontsize=9)
-    for ax in list(axes.flat)[len(shown) :]:
-        ax.set_axis_off()
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    save_figure(figure, path)
-    return True
+            ax.plot(
+                steps[:, 0], steps[:, index] / steps[0, index], label=name, color=_COLORS[index]
+            )
+        ax.set(xlabel="share of the run", ylabel="times its first value", yscale="log")
+        found.append((entry.label, _png(figure)))
+    return found

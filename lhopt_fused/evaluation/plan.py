@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from lhopt_fused.evaluation.optimizers import CONTENDERS, Configuration
+from lhopt_fused.evaluation.rows import Row
 from lhopt_fused.evaluation.run import RunSpec
-from lhopt_fused.evaluation.store import Row
 from lhopt_fused.evaluation.task import Size
 
 __all__ = ["BASELINE", "BUDGETS", "Plan", "by_configuration", "ranked"]

@@ -94,6 +94,7 @@ class RunResult:
         seconds: of training: batches, gradients, steps.
         optimizer_seconds: of these, in the optimizer, with what a policy costs.
         trajectory: of a policy: progress and the eight hyperparameters after each outer step.
+        parameters: of the model, how many numbers.
     """
 
     steps: int
@@ -104,6 +105,7 @@ class RunResult:
     seconds: float
     optimizer_seconds: float
     trajectory: list[list[float]]
+    parameters: int
 
 
 def run(spec: RunSpec, data_dir: Path | None = None, device: str = "cpu") -> RunResult:
@@ -161,7 +163,7 @@ class _Run:
         return self._result(done)
 
     def _batches(self) -> Iterator[Batch]:
-        batches = self.task.batches(self.generator)
+        batches = self.task.stream(self.model, self.generator)
         while True:
             with self.clock.training():
                 batch = tuple(tensor.to(self.device) for tensor in next(batches))
@@ -203,6 +205,7 @@ class _Run:
             seconds=self.clock.seconds,
             optimizer_seconds=self.clock.optimizer_seconds,
             trajectory=_trajectory(self.stepper),
+            parameters=sum(param.numel() for param in self.model.parameters()),
         )
 
 

@@ -6,7 +6,7 @@ Pure functions of numbers. Lower losses are better; runs that diverged have infi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Interval",
+    "bootstrap_gain",
+    "bootstrap_median",
     "bootstrap_speedup",
     "budget_to_reach",
     "margin",
@@ -117,28 +119,114 @@ def bootstrap_speedup(
     Raises:
         ValueError: shapes do not fit, or budgets do not rise.
     """
-    mine = np.nan_to_num(np.asarray(losses, dtype=np.float64), nan=np.inf, posinf=np.inf)
-    other = np.nan_to_num(np.asarray(baseline, dtype=np.float64), nan=np.inf, posinf=np.inf)
-    if mine.ndim != 1 or other.ndim != 2 or 0 in (len(mine), len(other)):
-        raise ValueError(f"losses {mine.shape} must be [S] and the baseline {other.shape} [T, B]")
+    curve = _Curves(budgets, baseline)
+    mine = _finals(losses)
 
     @cache  # a few seeds are drawn in the same numbers again and again
     def speedup(own: tuple[int, ...], curves: tuple[int, ...]) -> float:
-        mean = other[list(curves)].mean(0)
-        return float(np.median([budget_to_reach(mine[i], budgets, mean) for i in own])) / budget
+        return curve.reached(mine[list(own)], curves) / budget
 
-    value = speedup(tuple(range(len(mine))), tuple(range(len(other))))
+    low, high = _interval(speedup, (len(mine), curve.seeds), resamples, seed)
+    above, below = curve.beyond(mine)
+    value = speedup(tuple(range(len(mine))), tuple(range(curve.seeds)))
+    return Interval(value, low, high, above, below)
+
+
+def bootstrap_gain(
+    losses: ArrayLike,
+    control: ArrayLike,
+    budgets: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> Interval | None:
+    """The speed-up of some runs over a baseline, over that of other runs of the same budget.
+
+    Args:
+        losses: final losses of the runs, ``[S]``.
+        control: final losses of the others, ``[C]``.
+        budgets, baseline, resamples, seed: as for :func:`bootstrap_speedup`.
+
+    Returns:
+        None where both get further than the baseline's longest budget, or neither gets as far as
+        its shortest: nothing is known then.
+
+    Raises:
+        ValueError: shapes do not fit, or budgets do not rise.
+    """
+    curve = _Curves(budgets, baseline)
+    mine, others = _finals(losses), _finals(control)
+
+    @cache
+    def gain(own: tuple[int, ...], their: tuple[int, ...], curves: tuple[int, ...]) -> float:
+        return curve.reached(mine[list(own)], curves) / curve.reached(others[list(their)], curves)
+
+    above, below = curve.beyond(mine)
+    others_above, others_below = curve.beyond(others)
+    if (above or others_below) and (below or others_above):
+        return None
+    low, high = _interval(gain, (len(mine), len(others), curve.seeds), resamples, seed)
+    value = gain(*(tuple(range(count)) for count in (len(mine), len(others), curve.seeds)))
+    return Interval(value, low, high, above or others_below, below or others_above)
+
+
+def bootstrap_median(
+    values: Sequence[Interval | None], *, resamples: int = 2_000, seed: int = 0
+) -> Interval | None:
+    """The median of what is known, one value a task, with an interval over tasks; None for none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    numbers = np.array([value.value for value in known])
+    low, high = _interval(
+        lambda rows: float(np.median(numbers[list(rows)])), (len(known),), resamples, seed
+    )
+    middle = float(np.median(numbers))
+    at_least = any(value.at_least and value.value <= middle for value in known)
+    at_most = any(value.at_most and value.value >= middle for value in known)
+    return Interval(middle, low, high, at_least, at_most)
+
+
+class _Curves:
+    """A baseline's losses against its budget, by seed."""
+
+    def __init__(self, budgets: ArrayLike, baseline: ArrayLike) -> None:
+        other = np.asarray(baseline, dtype=np.float64)
+        if other.ndim != 2 or len(other) == 0:
+            raise ValueError(f"the baseline {other.shape} must be [T, B] with T >= 1")
+        self.budgets = budgets
+        self.losses: Array = np.nan_to_num(other, nan=np.inf, posinf=np.inf)
+        self.seeds = len(other)
+
+    def reached(self, losses: Array, curves: tuple[int, ...]) -> float:
+        """The median budget at which the mean of some seeds reaches losses."""
+        mean = self.losses[list(curves)].mean(0)
+        return float(np.median([budget_to_reach(loss, self.budgets, mean) for loss in losses]))
+
+    def beyond(self, losses: Array) -> tuple[bool, bool]:
+        """Whether the median is below what the longest budget reaches, above the shortest's."""
+        _, mean = _curve(self.budgets, self.losses.mean(0))
+        middle = float(np.median(losses))
+        return bool(mean[-1] > middle), bool(mean[0] < middle)
+
+
+def _finals(losses: ArrayLike) -> Array:
+    mine = np.nan_to_num(np.asarray(losses, dtype=np.float64), nan=np.inf, posinf=np.inf)
+    if mine.ndim != 1 or len(mine) == 0:
+        raise ValueError(f"losses {mine.shape} must be [S] with S >= 1")
+    return mine
+
+
+def _interval(
+    statistic: Callable[..., float], sizes: Sequence[int], resamples: int, seed: int
+) -> tuple[float, float]:
+    """The middle 95 % of a statistic of rows, where those of each kind are drawn again."""
     rng = np.random.default_rng(seed)
-    draws = [
-        np.sort(rng.integers(len(rows), size=(resamples, len(rows))), axis=1).tolist()
-        for rows in (mine, other)
-    ]
-    found = [speedup(tuple(own), tuple(curves)) for own, curves in zip(*draws, strict=True)]
+    draws = [np.sort(rng.integers(size, size=(resamples, size)), axis=1) for size in sizes]
+    found = [statistic(*(tuple(part) for part in row)) for row in zip(*draws, strict=True)]
     low, high = np.quantile(found, [0.025, 0.975])
-    _, mean = _curve(budgets, other.mean(0))
-    middle = float(np.median(mine))
-    censored = {"at_least": bool(mean[-1] > middle), "at_most": bool(mean[0] < middle)}
-    return Interval(value, float(low), float(high), **censored)
+    return float(low), float(high)
 
 
 def margin(losses: ArrayLike, baseline: ArrayLike) -> float:

@@ -4,80 +4,64 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from lhopt_fused.evaluation.run import CurvePoint, RunResult, RunSpec
-from lhopt_fused.evaluation.task import Size
-
-__all__ = ["Circumstances", "Row", "Store", "StoreError"]
-
-_FORMAT: Final = 1
-_KEY: Final = (
-    *("task", "size", "optimizer", "hyperparameters", "seed", "budget"),
-    *("data", "versions", "device"),
+from lhopt_fused.evaluation.rows import (
+    FORMAT,
+    KEY,
+    NESTED,
+    VALUES,
+    Circumstances,
+    Row,
+    StoreError,
+    from_record,
+    json_text,
+    machine,
+    refuse_others,
+    to_record,
 )
-_VALUES: Final = (
-    *("steps", "report_loss", "metrics", "eval_loss", "curve", "seconds"),
-    *("optimizer_seconds", "trajectory"),
-)
+from lhopt_fused.evaluation.run import RunResult, RunSpec
+
+__all__ = ["Merged", "Store"]
+
 _TABLE: Final = f"""
-CREATE TABLE IF NOT EXISTS runs (
+CREATE TABLE runs (
     id INTEGER PRIMARY KEY,
     task TEXT NOT NULL, size TEXT NOT NULL, optimizer TEXT NOT NULL,
     hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, budget REAL NOT NULL,
     data TEXT NOT NULL, versions TEXT NOT NULL, device TEXT NOT NULL,
+    machine TEXT NOT NULL, parameters INTEGER NOT NULL,
     steps INTEGER NOT NULL, report_loss REAL NOT NULL, metrics TEXT NOT NULL,
     eval_loss REAL NOT NULL, curve TEXT NOT NULL, seconds REAL NOT NULL,
     optimizer_seconds REAL NOT NULL, trajectory TEXT NOT NULL,
-    UNIQUE ({", ".join(_KEY)})
+    UNIQUE ({", ".join(KEY)})
 )
 """
 _BUSY_SECONDS: Final = 60.0
 
 
-class StoreError(Exception):
-    """A store that cannot be used; says why and what to do."""
-
-
-class Circumstances(NamedTuple):
-    """What else a result depends on; results of one comparison share it.
+class Merged(NamedTuple):
+    """What became of rows that were taken over.
 
     Attributes:
-        data: digest of the task.
-        versions: of the packages, as JSON.
-        device: "cpu", or the name of a GPU.
+        new: how many were.
+        known: how many were there already, and stay as they were.
+        different: how many of these have another loss here than there.
     """
 
-    data: str
-    versions: str
-    device: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A run in the store.
-
-    Attributes:
-        id: its number in the store, in the order of completion.
-        spec: what was run; where a policy was is not kept.
-        circumstances: what else it depends on.
-        result: what became of it.
-    """
-
-    id: int
-    spec: RunSpec
-    circumstances: Circumstances
-    result: RunResult
+    new: int
+    known: int
+    different: int
 
 
 class Store:
     """Rows in a file, which several processes may use at once.
 
-    A row is written whole or not at all, and only once: what is there already stays.
+    A row is written whole or not at all, and only once: what is there already stays. What is only
+    read is not written to.
 
     Args:
         path: of the file; it is made where there is none.
@@ -90,75 +74,73 @@ class Store:
     def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path
         if not create and not path.is_file():
-            raise StoreError(f"there is no store {path}; run `lhopt eval` without --report-only")
+            raise StoreError(f"there is no store {path}; `lhopt eval` makes one")
+        if not self._is_one():
+            with self._opened() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                if not _tables(connection):  # another process may have been faster
+                    connection.execute(_TABLE)
+                    connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _is_one(self) -> bool:
+        """Whether there is a store; False where there is nothing yet."""
         with self._opened() as connection:
-            connection.execute("BEGIN IMMEDIATE")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            known = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version != _FORMAT and (version or known):
-                raise StoreError(
-                    f"{path} is a store of format {version}, expected {_FORMAT}: it was written by "
-                    "another version of lhopt-fused, or by something else; use another --out"
-                )
-            connection.execute(_TABLE)
-            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+            known = _tables(connection)
+        if version != FORMAT and (version or known):
+            raise StoreError(
+                f"{self.path} is a store of format {version}, expected {FORMAT}: it was written by "
+                "another version of lhopt-fused, or by something else; nothing was changed: read "
+                "it with that version, or use another --out"
+            )
+        return bool(known)
 
     def add(self, spec: RunSpec, circumstances: Circumstances, result: RunResult) -> bool:
-        """Keep a result; whether it is new.
+        """Keep a result of this machine; whether it is new.
 
         Raises:
             StoreError: it cannot be written (a full disk); nothing has changed.
         """
-        values = {
-            "steps": result.steps,
-            "report_loss": result.report_loss,
-            "metrics": json.dumps(result.metrics),
-            "eval_loss": result.eval_loss,
-            "curve": json.dumps(result.curve),
-            "seconds": result.seconds,
-            "optimizer_seconds": result.optimizer_seconds,
-            "trajectory": json.dumps(result.trajectory),
-        }
-        columns = (*_KEY, *_VALUES)
-        marks = ", ".join("?" * len(columns))
-        row = (*_key(spec, circumstances), *(values[name] for name in _VALUES))
         with self._opened() as connection:
-            done = connection.execute(
-                f"INSERT OR IGNORE INTO runs ({', '.join(columns)}) VALUES ({marks})", row
-            )
-            return done.rowcount == 1
+            return _insert(connection, Row(0, spec, circumstances, result, machine()))
+
+    def merge(self, rows: Sequence[Row], source: Path) -> Merged:
+        """Take over rows of elsewhere, all or none.
+
+        Args:
+            rows: what is taken over.
+            source: where they are from, for messages.
+
+        Raises:
+            StoreError: they cannot be compared with what is here, or cannot be written.
+        """
+        refuse_others(self.rows(), rows, source)
+        with self._opened() as connection:
+            known = [row for row in rows if not _insert(connection, row)]
+            different = sum(_loss(connection, row) != row.result.report_loss for row in known)
+        return Merged(len(rows) - len(known), len(known), different)
 
     def __contains__(self, run: tuple[RunSpec, Circumstances]) -> bool:
-        where = " AND ".join(f"{name} = ?" for name in _KEY)
         with self._opened() as connection:
-            found = connection.execute(f"SELECT 1 FROM runs WHERE {where}", _key(*run))
-            return found.fetchone() is not None
+            return _found(connection, "1", _key(*run)) is not None
 
     def rows(self) -> list[Row]:
-        """Every run, in the order of completion."""
-        columns = ("id", *_KEY, *_VALUES)
+        """Every run, in the order of completion.
+
+        Raises:
+            StoreError: a row is damaged.
+        """
+        columns = ("id", *KEY, *VALUES)
         with self._opened() as connection:
             connection.row_factory = sqlite3.Row
             found = connection.execute(f"SELECT {', '.join(columns)} FROM runs ORDER BY id")
             return [self._row(row) for row in found]
 
-    def merge(self, others: Iterable[Path]) -> int:
-        """Take over the rows of other stores; how many were new.
-
-        Raises:
-            StoreError: one of them is no store.
-        """
-        return sum(
-            self.add(row.spec, row.circumstances, row.result)
-            for path in others
-            for row in Store(path, create=False).rows()
-        )
-
     def _row(self, row: sqlite3.Row) -> Row:
         try:
-            circumstances = Circumstances(row["data"], row["versions"], row["device"])
-            return Row(row["id"], _spec(row), circumstances, _result(row))
-        except (TypeError, ValueError, KeyError) as error:
+            nested = {name: json.loads(row[name]) for name in NESTED}
+            return from_record(row["id"], {**dict(row), **nested})
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise StoreError(
                 f"row {row['id']} of {self.path} is damaged ({error}); delete that row"
             ) from error
@@ -180,25 +162,40 @@ class Store:
             ) from error
 
 
-def _key(spec: RunSpec, circumstances: Circumstances) -> tuple[Any, ...]:
-    own = (spec.task, spec.size, spec.optimizer, spec.hyperparameters, spec.seed, spec.budget)
-    return (*own, *circumstances)
+def _tables(connection: sqlite3.Connection) -> int:
+    count: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    return count
 
 
-def _spec(row: sqlite3.Row) -> RunSpec:
-    size: Size = row["size"]
-    given = json.loads(row["hyperparameters"])
-    return RunSpec(row["task"], size, row["optimizer"], given, row["seed"], row["budget"])
-
-
-def _result(row: sqlite3.Row) -> RunResult:
-    return RunResult(
-        steps=row["steps"],
-        report_loss=row["report_loss"],
-        metrics=json.loads(row["metrics"]),
-        eval_loss=row["eval_loss"],
-        curve=[CurvePoint(*point) for point in json.loads(row["curve"])],
-        seconds=row["seconds"],
-        optimizer_seconds=row["optimizer_seconds"],
-        trajectory=json.loads(row["trajectory"]),
+def _insert(connection: sqlite3.Connection, row: Row) -> bool:
+    """Write a row unless it is there; whether it was not."""
+    record = to_record(row)
+    columns = (*KEY, *VALUES)
+    values = [json_text(record[name]) if name in NESTED else record[name] for name in columns]
+    marks = ", ".join("?" * len(columns))
+    done = connection.execute(
+        f"INSERT OR IGNORE INTO runs ({', '.join(columns)}) VALUES ({marks})", values
     )
+    return done.rowcount == 1
+
+
+def _loss(connection: sqlite3.Connection, row: Row) -> float:
+    loss: float = _found(connection, "report_loss", _key(row.spec, row.circumstances))
+    return loss
+
+
+def _found(connection: sqlite3.Connection, what: str, key: Sequence[Any]) -> Any:
+    where = " AND ".join(f"{name} = ?" for name in KEY)
+    found = connection.execute(f"SELECT {what} FROM runs WHERE {where}", key).fetchone()
+    return None if found is None else found[0]
+
+
+def _key(spec: RunSpec, circumstances: Circumstances) -> tuple[Any, ...]:
+    own = (spec.task, spec.size, spec.optimizer, _canonical(spec.hyperparameters))
+    data, versions, device = circumstances
+    return (*own, spec.seed, spec.budget, data, _canonical(versions), device)
+
+
+def _canonical(text: str) -> str:
+    """JSON as it is in the store."""
+    return json_text(json.loads(text))

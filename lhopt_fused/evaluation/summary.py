@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from lhopt_fused.evaluation.optimizers import CONTENDERS
 from lhopt_fused.evaluation.plan import BASELINE, by_configuration, is_at_one, ranked
+from lhopt_fused.evaluation.rows import Row
 from lhopt_fused.evaluation.statistics import (
     Interval,
+    bootstrap_gain,
+    bootstrap_median,
     bootstrap_speedup,
     margin,
     performance_score,
     steps_to_target,
     win,
 )
-from lhopt_fused.evaluation.store import Row
-from lhopt_fused.evaluation.task import Size
+from lhopt_fused.evaluation.task import SIZES, Size
 
 __all__ = [
+    "CONTROL",
     "DEFAULT",
+    "OPPONENTS",
     "TUNED",
+    "BudgetPoint",
     "Entry",
     "Overall",
     "TaskSummary",
+    "latest",
     "overall",
     "summaries",
     "times_to_target",
@@ -37,6 +42,26 @@ __all__ = [
 
 DEFAULT: Final = "AdamW, default"
 TUNED: Final = CONTENDERS[BASELINE].label
+CONTROL: Final = CONTENDERS["ciao"].label
+OPPONENTS: Final = ("default", "tuned", "median", "control")
+"""Whom an optimizer can win against: three of AdamW's configurations, and the hand control."""
+
+
+class BudgetPoint(NamedTuple):
+    """AdamW at one budget.
+
+    Attributes:
+        budget: share of the task's standard number of steps.
+        rows: of its best configuration there, by seed.
+    """
+
+    budget: float
+    rows: Sequence[Row]
+
+    @property
+    def losses(self) -> list[float]:
+        """On the report split, by seed."""
+        return [row.result.report_loss for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -47,18 +72,34 @@ class Entry:
         label: of the optimizer.
         rows: by seed.
         speedup: over tuned and default AdamW; None where these were not run.
-        by_the_clock: speed-up over tuned AdamW in time: that in steps by how long a step takes;
-            NaN where it is not known.
+        relative_step: how long a step of tuned AdamW takes, over how long one takes here; NaN
+            where these were not on the same machine.
         margin: in deviations of tuned AdamW.
-        wins: against "default", "tuned" and "median" AdamW.
+        wins: against :data:`OPPONENTS`, those that there are.
+        gain: speed-up over tuned AdamW over that of the hand control: what a policy adds to the
+            inner optimizer; None where it is not known.
+        control_margin: as ``margin``, of the hand control.
     """
 
     label: str
     rows: Sequence[Row]
     speedup: Mapping[str, Interval | None]
-    by_the_clock: float
+    relative_step: float
     margin: float
     wins: Mapping[str, float]
+    gain: Interval | None
+    control_margin: float
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether a policy is at work."""
+        return _is_policy(self.rows[0])
+
+    @property
+    def by_the_clock(self) -> float:
+        """Speed-up over tuned AdamW in time: that in steps by how long a step takes."""
+        over_tuned = self.speedup["tuned"]
+        return math.nan if over_tuned is None else over_tuned.value * self.relative_step
 
     @property
     def losses(self) -> list[float]:
@@ -79,6 +120,11 @@ class Entry:
         """Of the optimizer in a step, with what a policy costs; the median over seeds."""
         return _milliseconds([row.result.optimizer_seconds / row.result.steps for row in self.rows])
 
+    @property
+    def machines(self) -> set[str]:
+        """Where it was run."""
+        return {row.machine for row in self.rows}
+
 
 class TaskSummary:
     """All that was run on one task, under the same circumstances.
@@ -95,7 +141,8 @@ class TaskSummary:
     def __init__(self, rows: Sequence[Row]) -> None:
         latest = max(rows, key=lambda row: row.id)
         self.task, self.size = latest.spec.task, latest.spec.size
-        self.rows = [row for row in rows if _shared(row) == _shared(latest)]
+        shared = latest.circumstances.compared
+        self.rows = [row for row in rows if row.circumstances.compared == shared]
         self.left_out = len(rows) - len(self.rows)
 
     @cached_property
@@ -115,30 +162,46 @@ class TaskSummary:
         default = [row for row in self.rows if is_at_one(row) and _is_default(row)]
         return ({DEFAULT: sorted(default, key=_seed)} if default else {}) | found
 
-    def baseline(self, which: str) -> tuple[list[float], list[list[float]]]:
-        """Budgets, and AdamW's losses by seed at each: of the configuration best there, or default.
+    @property
+    def parameters(self) -> int:
+        """Of the model, how many numbers."""
+        return self.rows[-1].result.parameters
+
+    def budget_points(self, which: str) -> list[BudgetPoint]:
+        """AdamW at each budget: the configuration that is best there, or default.
 
         Args:
             which: "tuned" or "default".
 
         Returns:
-            Budgets ``[B]`` and losses ``[T, B]``, of the seeds and budgets that are complete.
+            By budget, of those where all seeds are complete.
         """
         rows = [row for row in self.rows if row.spec.optimizer == BASELINE]
         rows = rows if which == "tuned" else [row for row in rows if _is_default(row)]
         seeds = sorted({row.spec.seed for row in rows if is_at_one(row)})
-        by_budget: dict[float, list[float]] = {}
+        points = []
         for budget in sorted({row.spec.budget for row in rows}):
             tried = by_configuration(row for row in rows if row.spec.budget == budget)
             chosen = tried[ranked(tried)[0]]
             if [row.spec.seed for row in chosen] == seeds:
-                by_budget[budget] = [row.result.report_loss for row in chosen]
-        return list(by_budget), [list(losses) for losses in zip(*by_budget.values(), strict=True)]
+                points.append(BudgetPoint(budget, chosen))
+        return points
+
+    def baseline(self, which: str) -> tuple[list[float], list[list[float]]]:
+        """Budgets ``[B]`` and losses ``[T, B]`` of :meth:`budget_points`, by seed."""
+        points = self.budget_points(which)
+        losses = zip(*(point.losses for point in points), strict=True)
+        return [point.budget for point in points], [list(seed) for seed in losses]
 
     @cached_property
     def entries(self) -> list[Entry]:
         """Default AdamW, tuned AdamW and all others."""
         return [self._entry(label, rows) for label, rows in self.best.items()]
+
+    @property
+    def policies(self) -> list[Entry]:
+        """The entries of LHOPT."""
+        return [entry for entry in self.entries if entry.is_policy]
 
     def _entry(self, label: str, rows: Sequence[Row]) -> Entry:
         losses = [row.result.report_loss for row in rows]
@@ -148,25 +211,35 @@ class TaskSummary:
             known = len(budgets) > 1 and label not in (DEFAULT, TUNED)
             speedup[which] = bootstrap_speedup(losses, budgets, baseline) if known else None
         opponents = self._opponents()
-        over_tuned, by_the_clock = speedup["tuned"], math.nan
-        if over_tuned is not None:
-            relative = _step_milliseconds(self.best[TUNED]) / _step_milliseconds(rows)
-            by_the_clock = over_tuned.value * relative
+        control = opponents.get("control", [])
         return Entry(
             label,
             rows,
             speedup,
-            by_the_clock,
+            self._relative_step(rows),
             margin(losses, opponents.get("tuned", [])),
             {name: win(losses, other) for name, other in opponents.items()},
+            self._gain(losses, control) if _is_policy(rows[0]) else None,
+            margin(losses, control),
         )
 
+    def _relative_step(self, rows: Sequence[Row]) -> float:
+        tuned = self.best.get(TUNED, [])
+        if not tuned or len({row.machine for row in [*tuned, *rows]}) > 1:
+            return math.nan
+        return _step_milliseconds(tuned) / _step_milliseconds(rows)
+
+    def _gain(self, losses: Sequence[float], control: Sequence[float]) -> Interval | None:
+        budgets, baseline = self.baseline("tuned")
+        known = len(budgets) > 1 and len(control) > 0
+        return bootstrap_gain(losses, control, budgets, baseline) if known else None
+
     def _opponents(self) -> dict[str, list[float]]:
-        """Losses of AdamW: default, tuned, and the median of its configurations."""
+        """Losses by :data:`OPPONENTS`; of the median configuration, one: the median of means."""
         grid = self.labelled.get(TUNED, {})
         found = {
             which: [row.result.report_loss for row in self.best[label]]
-            for which, label in (("default", DEFAULT), ("tuned", TUNED))
+            for which, label in (("default", DEFAULT), ("tuned", TUNED), ("control", CONTROL))
             if label in self.best
         }
         means = [float(np.mean([row.result.report_loss for row in rows])) for rows in grid.values()]
@@ -179,12 +252,12 @@ class TaskSummary:
         means = [float(np.mean([row.result.eval_loss for row in rows])) for rows in grid.values()]
         return float(np.median(means)) if means else math.nan
 
-    def time_to_target(self, label: str) -> float:
-        """Share of a run until the target is reached; the median over seeds, inf for never."""
+    def time_to_target(self, label: str, clock: bool = False) -> float:
+        """Steps or seconds until the target is reached; the median over seeds, inf for never."""
         times = [
             steps_to_target(
                 self.target,
-                [point.step / max(1, row.result.curve[-1].step) for point in row.result.curve],
+                [point.seconds if clock else point.step for point in row.result.curve],
                 [point.eval_loss for point in row.result.curve],
             )
             for row in self.best.get(label, [])
@@ -199,16 +272,20 @@ class Overall:
     Attributes:
         label: of the optimizer.
         tasks: on how many it was run.
-        wins: share of these, against each of AdamW's.
-        speedup: median over tasks, over each of AdamW's; NaN where there is none.
-        score: AlgoPerf's.
+        wins: share of these, against :data:`OPPONENTS`; NaN where there is none.
+        speedup: median over tasks, over each of AdamW's; None where there is none.
+        by_the_clock: the same in time, over tuned AdamW.
+        score: AlgoPerf's, in steps.
+        clock_score: the same in seconds.
     """
 
     label: str
     tasks: int
     wins: Mapping[str, float]
-    speedup: Mapping[str, float]
+    speedup: Mapping[str, Interval | None]
+    by_the_clock: float
     score: float
+    clock_score: float
 
 
 def summaries(rows: Iterable[Row], size: Size) -> list[TaskSummary]:
@@ -220,39 +297,47 @@ def summaries(rows: Iterable[Row], size: Size) -> list[TaskSummary]:
     return [TaskSummary(found[task]) for task in sorted(found)]
 
 
-def times_to_target(found: Sequence[TaskSummary]) -> dict[str, list[float]]:
-    """Of each optimizer, on each task whose target is known."""
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of each task and size, the rows that are compared: made as the last of them was; by id."""
+    found = list(rows)
+    kept = [row for size in SIZES for task in summaries(found, size) for row in task.rows]
+    return sorted(kept, key=lambda row: row.id)
+
+
+def times_to_target(found: Sequence[TaskSummary], clock: bool = False) -> dict[str, list[float]]:
+    """Of each optimizer, on each task whose target is known: steps, or seconds by the clock."""
     known = [summary for summary in found if not math.isnan(summary.target)]
     labels = dict.fromkeys(label for summary in known for label in summary.best)
-    return {label: [summary.time_to_target(label) for summary in known] for label in labels}
+    return {label: [task.time_to_target(label, clock) for task in known] for label in labels}
 
 
 def overall(found: Sequence[TaskSummary]) -> list[Overall]:
     """Every optimizer over all tasks."""
-    times = times_to_target(found)
-    scores = performance_score(times) if times else {}
+    scores, clock_scores = (_scores(times_to_target(found, clock)) for clock in (False, True))
     labels = dict.fromkeys(entry.label for summary in found for entry in summary.entries)
     results = []
     for label in labels:
         entries = [e for summary in found for e in summary.entries if e.label == label]
-        wins = {name: _mean([e.wins[name] for e in entries if name in e.wins]) for name in _WINS}
-        speedup = {
-            which: _median([e.speedup[which] for e in entries]) for which in ("tuned", "default")
+        wins = {
+            name: _mean([e.wins[name] for e in entries if name in e.wins]) for name in OPPONENTS
         }
-        results.append(Overall(label, len(entries), wins, speedup, scores.get(label, math.nan)))
+        speedup = {
+            which: bootstrap_median([e.speedup[which] for e in entries])
+            for which in ("tuned", "default")
+        }
+        clock = [e.by_the_clock for e in entries if not math.isnan(e.by_the_clock)]
+        own = (scores.get(label, math.nan), clock_scores.get(label, math.nan))
+        by_the_clock = float(np.median(clock)) if clock else math.nan
+        results.append(Overall(label, len(entries), wins, speedup, by_the_clock, *own))
     return results
 
 
-_WINS: Final = ("default", "tuned", "median")
+def _scores(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return performance_score(times) if times else {}
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
-
-
-def _median(values: Sequence[Interval | None]) -> float:
-    known = [value.value for value in values if value is not None]
-    return float(np.median(known)) if known else math.nan
 
 
 def _step_milliseconds(rows: Sequence[Row]) -> float:
@@ -266,8 +351,11 @@ def _milliseconds(seconds: Sequence[float]) -> float:
 def _best(tried: Mapping[str, list[Row]]) -> list[Row]:
     """Of the best configuration; where a policy has changed, of the last."""
     last = max((rows[-1] for rows in tried.values()), key=lambda row: row.id)
-    is_policy = "fingerprint" in last.spec.configuration
-    return tried[last.spec.hyperparameters if is_policy else ranked(tried)[0]]
+    return tried[last.spec.hyperparameters if _is_policy(last) else ranked(tried)[0]]
+
+
+def _is_policy(row: Row) -> bool:
+    return "fingerprint" in row.spec.configuration
 
 
 def _seed(row: Row) -> int:
@@ -283,10 +371,3 @@ def _label(row: Row) -> str:
 
 def _is_default(row: Row) -> bool:
     return row.spec.optimizer == BASELINE and row.spec.configuration == CONTENDERS[BASELINE].default
-
-
-def _shared(row: Row) -> tuple[str, ...]:
-    """What must be the same for rows to be compared."""
-    versions = json.loads(row.circumstances.versions)
-    own = [f"{name} {versions.get(name)}" for name in ("lhopt-fused", "protocol", "torch")]
-    return (row.circumstances.data, row.circumstances.device, *own)

@@ -105,6 +105,15 @@ class Task(ABC):
         for picked in epochs(len(self.training[0]), self.batch_size, generator):
             yield tuple(tensor[picked] for tensor in self.training)
 
+    def stream(self, model: nn.Module, generator: torch.Generator) -> Iterator[Batch]:
+        """Batches for a run without end; only where they are what the model does, it matters.
+
+        Args:
+            model: in training mode, on any device; batches are on the CPU.
+            generator: as for :meth:`batches`.
+        """
+        return self.batches(generator)
+
     def evaluate(self, model: nn.Module, split: Split, at_most: int | None = None) -> Scores:
         """How a model does on a split; leaves its mode as it was.
 

@@ -15,12 +15,13 @@ from lhopt_fused.evaluation import campaign as campaign_module
 from lhopt_fused.evaluation.campaign import Campaign, WorkerDiedError
 from lhopt_fused.evaluation.optimizers import CONTENDERS, Configuration, policy_configuration
 from lhopt_fused.evaluation.plan import BUDGETS, Plan, by_configuration, ranked
+from lhopt_fused.evaluation.rows import Circumstances, Row
 from lhopt_fused.evaluation.run import RunResult, RunSpec
-from lhopt_fused.evaluation.store import Circumstances, Row, Store
+from lhopt_fused.evaluation.store import Store
 from lhopt_fused.stopping import StopRequest
 
 HERE = Circumstances("data", "{}", "cpu")
-RESULT = RunResult(1, 1.0, {}, 1.0, [], 1.0, 1.0, [])
+RESULT = RunResult(1, 1.0, {}, 1.0, [], 1.0, 1.0, [], 1)
 
 
 def plan(optimizers: Sequence[str] = ("adamw", "lhopt"), **changes: object) -> Plan:

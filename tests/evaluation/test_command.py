@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from lhopt_fused.cli import app
+from lhopt_fused.evaluation import command
 from lhopt_fused.evaluation.store import Store
-from lhopt_fused.evaluation.tasks import fashion
+from lhopt_fused.evaluation.tasks import SHORT, TASKS, fashion
 
 
 @pytest.fixture(autouse=True)
@@ -41,30 +42,22 @@ def test_an_evaluation_from_nothing_and_again(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "one" / "runs.sqlite").rows()) == 30
 
     report.unlink()
-    code, output = invoke("--tasks", "toy", "--report-only", "--out", out)
-    assert (code, report.read_text()) == (0, text)
-    assert "runs," not in output
+    found = CliRunner().invoke(app, ["report", out])
+    assert (found.exit_code, report.read_text()) == (0, text)
+    assert "runs," not in found.output
 
     code, output = invoke(*options, "--out", out)
     assert "configurations: 22 runs, 22 of them in the store" in output
     assert report.read_text() == text
 
-    merged = ("--report-only", "--merge", f"{out}/runs.sqlite", "--out", str(tmp_path / "two"))
-    Store(tmp_path / "two" / "runs.sqlite")
-    code, output = invoke("--tasks", "toy", *merged)
-    assert code == 0
-    assert "30 runs taken over" in output
-    assert (tmp_path / "two" / "report.md").read_text() == text
-
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--tasks", "chess"), "--tasks: 'chess' is none of language_model,"),
+        (("--tasks", "chess"), "--tasks: 'chess' is none of language_model_narrow,"),
         (("--size", "huge"), "--size: 'huge' is none of small, full"),
         (("--optimizers", "adamw,sgd"), "--optimizers: 'sgd' is none of adamw,"),
         (("--policy", "none"), "there is no policy 'none'"),
-        (("--report-only",), "there is no store"),
         (("--tasks", "gmf"), "MovieLens not found: give --data-dir; get it from"),
         (("--tasks", "fashion_mlp"), "Fashion-MNIST not found: expected"),
         (("--device", "cuda"), "--device is cuda, but torch finds no GPU here"),
@@ -75,7 +68,7 @@ def test_what_is_wrong_is_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fashion, "_SYSTEM", tmp_path / "not-installed")
-    fashion._splits.cache_clear()
+    fashion.fashion_splits.cache_clear()
     code, output = invoke(*arguments, "--out", str(tmp_path / "out"))
     assert code == 2
     assert f"Error: {problem}" in output
@@ -83,6 +76,19 @@ def test_what_is_wrong_is_said(
 
 def test_an_empty_store_has_no_report(tmp_path: Path) -> None:
     Store(tmp_path / "runs.sqlite")
-    code, output = invoke("--report-only", "--out", str(tmp_path))
-    assert code == 0
-    assert "There are no runs of these tasks of size small" in output
+    found = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert found.exit_code == 0
+    assert "There are no such runs in" in found.output
+
+
+def test_quick_is_for_a_first_look() -> None:
+    given = ("all", "small", "adamw", [])
+    whole, quick, asked = (
+        command._plan(*given, seeds=None, quick=False),
+        command._plan(*given, seeds=None, quick=True),
+        command._plan("resnet", *given[1:], seeds=2, quick=True),
+    )
+    assert (list(whole.tasks), whole.seeds) == (list(TASKS), 3)
+    assert (list(quick.tasks), quick.seeds) == (list(SHORT), 1)
+    assert set(SHORT) < set(TASKS)
+    assert (asked.tasks, asked.seeds) == (["resnet"], 2)

@@ -12,6 +12,8 @@ from tolerances import SPEEDUP
 
 from lhopt_fused.evaluation.statistics import (
     Interval,
+    bootstrap_gain,
+    bootstrap_median,
     bootstrap_speedup,
     budget_to_reach,
     margin,
@@ -175,6 +177,67 @@ def test_wins() -> None:
     assert win([1.0, 2.0], [1.6]) == 1.0
     assert win([1.0, 2.0], [1.5]) == 0.5
     assert win([1.0, math.inf], [9.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mine", "control", "gain", "at_least", "at_most"),
+    [
+        (1.5, 2.0, 2.0, False, False),
+        (2.0, 1.5, 0.5, False, False),
+        (1.0, 2.0, 4.0, True, False),  # beyond the longest budget
+        (2.0, 1.0, 0.25, False, True),
+        (9.0, 2.0, 0.5, False, True),  # before the shortest
+        (2.0, 9.0, 2.0, True, False),
+        (1.0, 9.0, 8.0, True, False),
+    ],
+)
+def test_a_gain_is_one_speedup_over_another(
+    mine: float, control: float, gain: float, at_least: bool, at_most: bool
+) -> None:
+    found = bootstrap_gain([mine] * 3, [control] * 2, BUDGETS, [LOSSES])
+    assert found is not None
+    assert found.value == found.low == found.high == pytest.approx(gain)
+    assert (found.at_least, found.at_most) == (at_least, at_most)
+
+
+@pytest.mark.parametrize("losses", [1.0, 9.0])
+def test_a_gain_beyond_what_was_tried_is_unknown(losses: float) -> None:
+    assert bootstrap_gain([losses], [losses], BUDGETS, [LOSSES]) is None
+
+
+def test_a_gain_is_as_uncertain_as_both() -> None:
+    """Its interval is wider than that of the speed-up, which the control's seeds add to."""
+    losses, control = [1.4, 1.5, 1.6], [1.9, 2.0, 2.2]
+    alone = bootstrap_speedup(losses, BUDGETS, [LOSSES])
+    gain = bootstrap_gain(losses, control, BUDGETS, [LOSSES])
+    fixed = bootstrap_gain(losses, [2.0], BUDGETS, [LOSSES])
+    assert gain is not None
+    assert fixed is not None
+    assert (fixed.low, fixed.high) == (alone.low, alone.high)
+    assert gain.low < fixed.low <= fixed.high < gain.high
+
+
+def test_a_median_over_tasks() -> None:
+    known = [Interval(value, 0.0, 9.0) for value in (1.0, 3.0, 2.0)]
+    found = bootstrap_median([*known, None])
+    assert found is not None
+    assert (found.value, found.low, found.high) == (2.0, 1.0, 3.0)
+    assert str(found) == "2.00 [1.00, 3.00]"
+    assert bootstrap_median([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1.0, 2.0, 4.0], "2.00"),  # whatever the last is, it is above
+        ([4.0, 4.0, 2.0], "≥ 4.00"),
+        ([0.5, 2.0, 2.0], "2.00"),
+        ([0.5, 0.5, 2.0], "≤ 0.50"),
+    ],
+)
+def test_a_median_that_is_beyond_what_was_tried_says_so(values: list[float], text: str) -> None:
+    found = bootstrap_median([Interval(v, v, v, v == 4.0, v == 0.5) for v in values])
+    assert str(found).startswith(text)
 
 
 def test_steps_to_a_target() -> None:

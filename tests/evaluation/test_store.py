@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evaluation.toys import fill_disk
 
+from lhopt_fused.evaluation.rows import Circumstances, Row, StoreError, machine
 from lhopt_fused.evaluation.run import CurvePoint, RunResult, RunSpec
-from lhopt_fused.evaluation.store import Circumstances, Store, StoreError
+from lhopt_fused.evaluation.store import Merged, Store
 
 SPEC = RunSpec("toy", "small", "adamw", {"lr": 1e-3, "schedule": "linear"}, seed=0, budget=0.71)
 HERE = Circumstances("abc", '{"torch": "2"}', "cpu")
@@ -24,7 +26,14 @@ RESULT = RunResult(
     seconds=1.5,
     optimizer_seconds=0.25,
     trajectory=[[0.5, *[1e-3] * 7, math.nan]],
+    parameters=123,
 )
+
+
+def made(seed: int, **changes: object) -> Row:
+    """A row of elsewhere."""
+    result = replace(RESULT, **changes)  # type: ignore[arg-type]
+    return Row(seed + 1, replace(SPEC, seed=seed), HERE, result, "another machine")
 
 
 @pytest.fixture
@@ -39,6 +48,17 @@ def test_a_row_comes_back_as_it_was(path: Path) -> None:
     assert (row.id, row.spec, row.circumstances) == (1, SPEC, HERE)
     assert repr(row.result) == repr(replace(RESULT, curve=row.result.curve))
     assert list(map(repr, row.result.curve)) == list(map(repr, RESULT.curve))
+    assert row.machine == machine() != ""
+
+
+def test_curves_are_kept_to_six_digits_and_results_whole(path: Path) -> None:
+    long = 1 / 3
+    curve = [CurvePoint(10**9, long, long, long)]
+    Store(path).add(SPEC, HERE, replace(RESULT, curve=curve, trajectory=[[long]]))
+    (row,) = Store(path).rows()
+    assert row.result.curve == [CurvePoint(10**9, 0.333333, 0.333333, 0.333333)]
+    assert row.result.trajectory == [[0.333333]]
+    assert (row.result.report_loss, row.result.metrics["accuracy"]) == (long, 0.1 + 0.2)
 
 
 def test_what_is_there_stays(path: Path) -> None:
@@ -93,13 +113,39 @@ def test_many_write_at_once(path: Path) -> None:
 
 
 def test_stores_are_merged(tmp_path: Path) -> None:
-    mine, theirs = Store(tmp_path / "mine"), Store(tmp_path / "theirs")
-    for store, seeds in ((mine, (0, 1)), (theirs, (1, 2))):
-        for seed in seeds:
-            store.add(replace(SPEC, seed=seed), HERE, RESULT)
-    assert mine.merge([theirs.path]) == 1
-    assert mine.merge([theirs.path]) == 0
-    assert [row.spec.seed for row in mine.rows()] == [0, 1, 2]
+    mine = Store(tmp_path / "mine")
+    for seed in (0, 1):
+        mine.add(replace(SPEC, seed=seed), HERE, RESULT)
+    theirs = [made(1, report_loss=9.0), made(2)]
+    assert mine.merge(theirs, tmp_path) == Merged(new=1, known=1, different=1)
+    assert mine.merge(theirs, tmp_path) == Merged(new=0, known=2, different=1)
+    rows = mine.rows()
+    assert [(row.id, row.spec.seed) for row in rows] == [(1, 0), (2, 1), (3, 2)]
+    assert [row.machine for row in rows] == [machine(), machine(), "another machine"]
+    assert rows[1].result.report_loss == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (HERE._replace(data="xyz"), "with data xyz, and rows .* with abc"),
+        (HERE._replace(versions='{"torch": "3"}'), "with torch 3, and rows .* with 2"),
+        (HERE._replace(versions='{"protocol": "9", "torch": "2"}'), "with protocol 9"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_whole(
+    path: Path, other: Circumstances, problem: str
+) -> None:
+    store = Store(path)
+    store.add(SPEC, HERE, RESULT)
+    rows = [made(1), replace(made(2), circumstances=other)]
+    with pytest.raises(StoreError, match=rf"others: row 3, of toy, was made {problem}"):
+        store.merge(rows, Path("others"))
+    assert len(store.rows()) == 1
+    with pytest.raises(StoreError, match=r"nothing was taken over"):
+        Store(path.parent / "empty").merge(rows, Path("others"))
+    for row in (made(1), replace(made(2), circumstances=other._replace(device="GPU"))):
+        assert store.merge([row], Path("others")).new == 1
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
@@ -112,10 +158,12 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(StoreError, match="text cannot be used: file is not a database"):
         Store(text)
-    with pytest.raises(StoreError, match="format 0, expected 1"):
+    before = table.read_bytes(), future.read_bytes()
+    with pytest.raises(StoreError, match="format 0, expected 2"):
         Store(table)
-    with pytest.raises(StoreError, match="format 7, expected 1: it was written by another version"):
+    with pytest.raises(StoreError, match="format 7, expected 2: it was written by another version"):
         Store(future)
+    assert (table.read_bytes(), future.read_bytes()) == before
     with pytest.raises(StoreError, match="there is no store"):
         Store(tmp_path / "none", create=False)
     assert not (tmp_path / "none").exists()
@@ -134,17 +182,12 @@ def test_a_damaged_row_is_named(path: Path) -> None:
 def test_a_full_disk_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(path)
     store.add(SPEC, HERE, RESULT)
-    connect = sqlite3.connect
-
-    def full(*arguments: object, **named: object) -> sqlite3.Connection:
-        connection: sqlite3.Connection = connect(*arguments, **named)  # type: ignore[call-overload]
-        connection.execute("PRAGMA max_page_count = 1")
-        return connection
-
     long = replace(RESULT, trajectory=[[0.5] * 9] * 5000)
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite3, "connect", full)
+        fill_disk(patch)
         with pytest.raises(StoreError, match="disk is full"):
             store.add(replace(SPEC, seed=1), HERE, long)
-    assert len(store.rows()) == 1
+        with pytest.raises(StoreError, match="disk is full"):
+            store.merge([made(2), replace(made(3), result=long)], path)
+        assert [row.spec.seed for row in Store(path).rows()] == [0]
     assert store.add(replace(SPEC, seed=1), HERE, long)

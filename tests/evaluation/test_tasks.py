@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import math
+import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation import files
+from tolerances import MEAN_OF_PARTS
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,17 +22,22 @@ from lhopt_fused.evaluation.run import RunSpec, run_task
 from lhopt_fused.evaluation.task import SIZES, SPLITS, DataError, Task
 from lhopt_fused.evaluation.tasks import (
     TASKS,
+    cartpole,
+    diffusion,
     fashion,
     language_model,
     load_task,
     recommendation,
     resnet,
     sentiment,
+    sequences,
     speech,
+    tokens,
 )
 
 CACHES = (
-    *(fashion._splits, language_model._splits, recommendation._interactions),
+    *(fashion.fashion_splits, recommendation._interactions),
+    *(language_model._splits, language_model._token_splits),
     *(resnet._splits, sentiment._splits, speech._recordings, load_task),
 )
 
@@ -82,7 +90,10 @@ def test_splits_are_apart(name: str, data_dir: Path) -> None:
             assert parts[one].isdisjoint(parts[other])
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "language_model_wide"])
+LARGE = ("language_model_wide", "language_model_bpe")  # more than a test has time for
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in LARGE])
 def test_the_full_size_is_larger(name: str, data_dir: Path) -> None:
     def parameters(task: Task) -> int:
         return sum(param.numel() for param in task.make_model().parameters())
@@ -93,7 +104,10 @@ def test_the_full_size_is_larger(name: str, data_dir: Path) -> None:
     assert full.digest != small.digest
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "noisy_quadratic"])
+NEED_NO_FILES = ("noisy_quadratic", "xor_rnn", "addition_rnn", "cartpole")
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in NEED_NO_FILES])
 def test_missing_data_is_said(name: str, tmp_path: Path) -> None:
     for data_dir in (tmp_path, None):
         with pytest.raises(DataError, match=r"not found: .*get it from .*(https://|package)"):
@@ -104,14 +118,14 @@ def test_a_digest_is_of_the_data(data_dir: Path, tmp_path: Path) -> None:
     before = load_task("fashion_mlp", "small", data_dir).digest
     files.write_fashion(tmp_path)
     load_task.cache_clear()
-    fashion._splits.cache_clear()
+    fashion.fashion_splits.cache_clear()
     assert load_task("fashion_mlp", "small", tmp_path).digest == before
     labels = tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte"
     raw = bytearray(labels.read_bytes())
     raw[-1] = (raw[-1] + 1) % 10
     labels.write_bytes(raw)
     load_task.cache_clear()
-    fashion._splits.cache_clear()
+    fashion.fashion_splits.cache_clear()
     assert load_task("fashion_mlp", "small", tmp_path).digest != before
 
 
@@ -178,7 +192,7 @@ def test_wikitext_with_and_without_training_text(tmp_path: Path) -> None:
 def test_text_that_is_too_short(tmp_path: Path) -> None:
     files.write_wikitext(tmp_path)
     (tmp_path / "wikitext-2" / "test.txt").write_text("short")
-    with pytest.raises(DataError, match="has 2 bytes, expected at least 130"):
+    with pytest.raises(DataError, match="has 2 bytes or tokens, expected at least 130"):
         language_model.LanguageModel("small", tmp_path)
 
 
@@ -200,6 +214,207 @@ def test_what_follows_a_sentence_does_not_matter(name: str, data_dir: Path) -> N
     with torch.no_grad():
         alone = torch.cat([model(row[None]) for row in words])
         torch.testing.assert_close(model(words), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_of_the_text_that_is_learned(tmp_path: Path) -> None:
+    """What is held out changes nothing of them; what is learned does."""
+    for name in ("one", "two", "three"):
+        files.write_wikitext(tmp_path / name, training=True)
+    (tmp_path / "two" / "wikitext-2" / "test.txt").write_text("zzzz yyyy " * 9_000)
+    (tmp_path / "three" / "wikitext-2" / "train.txt").write_text("zzzz yyyy " * 9_000)
+    one, two, three = (
+        language_model.LanguageModelBPE("small", tmp_path / name)
+        for name in ("one", "two", "three")
+    )
+    assert torch.equal(one.training[0], two.training[0])
+    seen, other = one.held_out["policy_eval"], three.held_out["policy_eval"]
+    assert torch.equal(seen[0], two.held_out["policy_eval"][0])
+    assert seen[1].sum() > 2 * other[1].sum()  # of as many windows
+
+
+def test_every_byte_is_in_one_token() -> None:
+    text = "A caf\u00e9, a cat; \u732b.\n\nthe cat sat".encode()
+    found = tokens.Tokenizer.of(text * 20, 300)
+    numbers = found.tokens(text)
+    assert found.byte_counts[numbers.long()].sum() == len(text)
+    assert len(numbers) < len(text)
+    assert len(tokens.Tokenizer.of(text * 20, 256).tokens(text)) == len(text)
+    assert len(found.tokens(b"cat\xff")) == len(found.tokens(b"cat"))
+
+
+def test_bits_per_byte_of_a_model_that_knows_nothing(data_dir: Path) -> None:
+    task = language_model.LanguageModelBPE("small", data_dir)
+    model = task.make_model()
+    for param in model.parameters():
+        torch.nn.init.zeros_(param)
+    scores = task.evaluate(model, "policy_eval")
+    assert scores.loss == pytest.approx(math.log(512), rel=1e-6)
+    windows, byte_counts = task.held_out["policy_eval"]
+    bits = 9 * 64 * len(windows) / byte_counts.sum().item()
+    assert scores.metrics["bits_per_byte"] == pytest.approx(bits, rel=MEAN_OF_PARTS.relative)
+
+
+@pytest.mark.parametrize("name", language_model.WIDTHS)
+def test_widths_differ_in_nothing_else(name: str, data_dir: Path) -> None:
+    task, middle = (TASKS[other]("small", data_dir) for other in (name, "language_model"))
+    assert isinstance(task, language_model.LanguageModel)
+    assert isinstance(middle, language_model.LanguageModel)
+    assert replace(task.config, width=64) == middle.config
+    assert torch.equal(task.training[0], middle.training[0])
+    assert (task.steps, task.batch_size) == (middle.steps, middle.batch_size)
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def test_the_rules_of_sequences() -> None:
+    bits, parity = sequences.XorRNN("small").held_out["report"]
+    for row, found in zip(bits[:50].tolist(), parity[:50].tolist(), strict=True):
+        assert found == [sum(row[: place + 1]) % 2 for place in range(12)]
+    pairs, total = sequences.AdditionRNN("small").held_out["report"]
+    for row, found in zip(pairs[:50].tolist(), total[:50].tolist(), strict=True):
+        one, other = (
+            sum((symbol >> side & 1) << place for place, symbol in enumerate(row))
+            for side in (0, 1)
+        )
+        assert sum(bit << place for place, bit in enumerate(found)) == (one + other) % 64
+
+
+def test_accuracy_is_over_all_symbols() -> None:
+    class Half(nn.Module):
+        """Right on the first symbol of two."""
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(torch.stack([inputs[:, 0], 1 - inputs[:, 1]], 1), 2).float().mT
+
+    bits = torch.tensor([[0, 1], [1, 1], [0, 0]])
+    scores = sequences.XorRNN("small").scores(Half(), (bits, bits))
+    assert scores.metrics["accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------------- diffusion
+
+
+def test_a_model_that_knows_the_noise_has_no_loss(data_dir: Path) -> None:
+    task = diffusion.Diffusion("small", data_dir)
+    pictures, times, noise = batch = task.held_out["report"]
+    clean = pictures.float() / 127.5 - 1.0
+
+    class Knows(nn.Module):
+        def __init__(self, share: float) -> None:
+            super().__init__()
+            self.share = share
+
+        def forward(self, noisy: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+            assert torch.equal(told, times)
+            return self.share * (noise - clean)
+
+    scores = task.scores(Knows(1.0), batch)
+    assert scores.loss == 0.0
+    assert scores.metrics["denoised_squared_error"] == pytest.approx(0.0, abs=1e-12)
+    wrong = task.scores(Knows(0.9), batch)
+    assert wrong.loss == pytest.approx(0.01 * (noise - clean).square().mean().item(), rel=1e-4)
+    assert 0 < wrong.metrics["denoised_squared_error"] < wrong.loss
+
+
+def test_noise_is_drawn_anew_in_training_and_stays_where_it_is_judged(data_dir: Path) -> None:
+    first, again = (diffusion.Diffusion("small", data_dir) for _ in range(2))
+    for split in SPLITS:
+        assert all(map(torch.equal, first.held_out[split], again.held_out[split]))
+    batches = first.batches(torch.Generator().manual_seed(0))
+    one, other = next(batches), next(batches)
+    assert one[0].shape == (32, 1, 14, 14)
+    assert not torch.equal(one[2], other[2])
+    assert 0 <= one[1].min() < one[1].max() < 1
+
+
+# ---------------------------------------------------------------------- reinforcement learning
+
+
+class Balances(nn.Module):
+    """Steps towards where the pole falls, or always to the left."""
+
+    def __init__(self, knows: bool) -> None:
+        super().__init__()
+        self.knows = nn.Parameter(torch.tensor(float(knows)))
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        right = self.knows * (states[:, 2] + 0.5 * states[:, 3] + 0.05 * states[:, 1])
+        logits = torch.stack([torch.full_like(right, 1e-9), right], 1)
+        return logits, torch.full_like(right, 3.0)
+
+
+def test_a_pole_that_stays_up_and_one_that_falls() -> None:
+    task = cartpole.CartPole("small")
+    best, worst = (task.evaluate(Balances(knows), "report") for knows in (True, False))
+    assert (best.loss, best.metrics["mean_return"]) == (0.0, 500.0)
+    assert worst.loss == 1.0 - worst.metrics["mean_return"] / 500
+    assert 8 <= worst.metrics["mean_return"] <= 11
+    assert task.evaluate(Balances(False), "report") == worst
+
+
+def test_a_batch_is_what_the_model_has_just_played() -> None:
+    task = cartpole.CartPole("small")
+    torch.manual_seed(0)
+    model = task.make_model()
+    first, again = (
+        next(task.stream(model, torch.Generator().manual_seed(seed))) for seed in (1, 1)
+    )
+    assert all(map(torch.equal, first, again))
+    states, actions, log_probs, _, returns = first
+    assert states.shape == (len(returns), 4)
+    with torch.no_grad():
+        logits, _ = model(states)
+        taken = logits.log_softmax(-1).gather(1, actions[:, None])[:, 0]
+        torch.testing.assert_close(taken, log_probs)
+        logits, _ = task.make_model()(states)
+    other = logits.log_softmax(-1).gather(1, actions[:, None])[:, 0]
+    assert (other - log_probs).abs().max() > 1e-3
+
+
+def test_an_episode_that_was_cut_goes_on_in_its_value() -> None:
+    """With values of 1 and one step, the advantage is 0.1, plus 0.99 times what comes, less 1."""
+    shape = (2, 2)
+    mask = torch.tensor([[True, False], [True, False]])
+    played = cartpole._Episodes(
+        states=torch.zeros(2, 2, 4),
+        actions=torch.zeros(shape, dtype=torch.int64),
+        log_probs=torch.zeros(shape),
+        values=torch.ones(shape),
+        mask=mask,
+        beyond=torch.tensor([0.0, 5.0]),
+    )
+    *_, advantages, returns = cartpole._learned_from(played)
+    assert advantages.tolist() == pytest.approx([0.1 - 1.0, 0.1 + 0.99 * 5.0 - 1.0])
+    assert returns.tolist() == pytest.approx([0.1, 0.1 + 0.99 * 5.0])
+
+
+def test_what_is_beyond_the_longest_episode_counts_and_what_is_beyond_a_fall_does_not() -> None:
+    task = cartpole.CartPole("small")
+    for knows, beyond in ((True, 3.0), (False, 0.0)):
+        with torch.no_grad():
+            played = task._play(Balances(knows), [1, 2, 3], None)
+        assert played.beyond.tolist() == [beyond] * 3
+        assert played.mask.sum(1).max() == played.mask.shape[1]
+
+
+def test_the_version_of_the_game_is_part_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (cartpole.CartPole("small") for _ in range(2))
+    monkeypatch.setattr(one.gymnasium, "__version__", "0.0")
+    before = one.digest
+    monkeypatch.undo()
+    assert other.digest != before
+
+
+@pytest.mark.parametrize(
+    ("package", "task"), [("gymnasium", "cartpole"), ("tokenizers", "language_model_bpe")]
+)
+def test_missing_packages_are_said(
+    package: str, task: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"package {package} .*pip install 'lhopt-fused\[eval\]'"):
+        TASKS[task]("small", data_dir)
 
 
 # ---------------------------------------------------------------------- images

@@ -1,10 +1,12 @@
-"""A tiny task without files, for tests of all that is around tasks."""
+"""A tiny task without files, and a full disk, for tests of all that is around tasks."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections import OrderedDict
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,3 +43,15 @@ def _clusters(count: int, seed: int) -> Batch:
     classes = torch.randint(2, (count,), generator=generator)
     inputs = torch.randn(count, 4, generator=generator) + classes[:, None]
     return inputs, classes
+
+
+def fill_disk(patch: pytest.MonkeyPatch) -> None:
+    """No SQLite file grows any more: its pages are all that the disk has room for."""
+    connect = sqlite3.connect
+
+    def full(*arguments: object, **named: object) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **named)  # type: ignore[call-overload]
+        connection.execute("PRAGMA max_page_count = 1")
+        return connection
+
+    patch.setattr(sqlite3, "connect", full)

@@ -8,21 +8,31 @@ from pathlib import Path
 from typing import Final
 
 from lhopt_fused.evaluation.task import Size, Task
+from lhopt_fused.evaluation.tasks.cartpole import CartPole
+from lhopt_fused.evaluation.tasks.diffusion import Diffusion
 from lhopt_fused.evaluation.tasks.fashion import FashionAutoencoder, FashionCNN, FashionMLP
-from lhopt_fused.evaluation.tasks.language_model import LanguageModel, LanguageModelWide
+from lhopt_fused.evaluation.tasks.language_model import (
+    LanguageModel,
+    LanguageModelBPE,
+    LanguageModelNarrow,
+    LanguageModelWide,
+)
 from lhopt_fused.evaluation.tasks.quadratic import NoisyQuadratic
 from lhopt_fused.evaluation.tasks.recommendation import GMF, NeuMF
 from lhopt_fused.evaluation.tasks.resnet import ResNet
 from lhopt_fused.evaluation.tasks.sentiment import SentimentLSTM, SentimentTransformer
+from lhopt_fused.evaluation.tasks.sequences import AdditionRNN, XorRNN
 from lhopt_fused.evaluation.tasks.speech import SpeechCTC, SpeechKeyword
 
-__all__ = ["TASKS", "load_task"]
+__all__ = ["SHORT", "TASKS", "load_task"]
 
 TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
     kind.name: kind
     for kind in (
+        LanguageModelNarrow,
         LanguageModel,
         LanguageModelWide,
+        LanguageModelBPE,
         FashionMLP,
         FashionCNN,
         ResNet,
@@ -33,10 +43,20 @@ TASKS: Final[dict[str, Callable[[Size, Path | None], Task]]] = {
         SpeechKeyword,
         SpeechCTC,
         FashionAutoencoder,
+        Diffusion,
+        CartPole,
+        XorRNN,
+        AdditionRNN,
         NoisyQuadratic,
     )
 }
 """Every task by its name; they take a size and the folder where the user's data sets are."""
+
+SHORT: Final = (
+    *("language_model_narrow", "fashion_mlp", "gmf", "neumf", "autoencoder", "diffusion"),
+    *("xor_rnn", "addition_rnn", "noisy_quadratic"),
+)
+"""Those whose runs take a few seconds on a CPU when small."""
 
 
 @lru_cache(maxsize=1)

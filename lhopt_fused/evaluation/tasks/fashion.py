@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lhopt_fused.evaluation.task import Batch, DataError, Scores, Size, Split, Task, find_data
 from lhopt_fused.evaluation.tasks.supervised import Classification, hold_out
 
-__all__ = ["FashionAutoencoder", "FashionCNN", "FashionMLP", "read_idx"]
+__all__ = ["FashionAutoencoder", "FashionCNN", "FashionMLP", "fashion_splits", "read_idx"]
 
 _SYSTEM: Final = Path("/usr/share/datasets/fashion-mnist")
 _SOURCE: Final = (
@@ -52,7 +52,12 @@ def read_idx(path: Path) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _splits(size: Size, data_dir: Path | None) -> tuple[Batch, dict[Split, Batch]]:
+def fashion_splits(size: Size, data_dir: Path | None) -> tuple[Batch, dict[Split, Batch]]:
+    """Images, uint8 ``[N, 1, 28, 28]``, and their classes: for training, and held out.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
     folders = ([data_dir / "fashion-mnist"] if data_dir is not None else []) + [_SYSTEM]
     folder = find_data("Fashion-MNIST", folders, _SOURCE)
     train, policy_eval, at_most = _EXAMPLES[size]
@@ -91,7 +96,7 @@ class _FashionClassification(Classification):
     full_width: ClassVar[int]
 
     def __init__(self, size: Size, data_dir: Path | None) -> None:
-        training, held_out = _splits(size, data_dir)
+        training, held_out = fashion_splits(size, data_dir)
         steps = self.small_steps if size == "small" else 4_000
         super().__init__(training, held_out, steps=steps, batch_size=64)
         self.width = self.small_width if size == "small" else self.full_width
@@ -141,7 +146,7 @@ class FashionAutoencoder(Task):
     higher_is_better = False
 
     def __init__(self, size: Size, data_dir: Path | None) -> None:
-        training, held_out = _splits(size, data_dir)
+        training, held_out = fashion_splits(size, data_dir)
         small = size == "small"
         images: dict[Split, Batch] = {split: batch[:1] for split, batch in held_out.items()}
         super().__init__(training[:1], images, steps=400 if small else 4_000, batch_size=64)

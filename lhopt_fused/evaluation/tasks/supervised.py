@@ -12,7 +12,10 @@ __all__ = ["Classification", "hold_out"]
 
 
 class Classification(Task):
-    """Examples are inputs ``[N, ...]`` and classes, int64 ``[N]``."""
+    """Examples are inputs ``[N, ...]`` and classes, int64 ``[N]``, or ``[N, T]`` for sequences.
+
+    Models give logits ``[N, C]`` or ``[N, C, T]``.
+    """
 
     metric = "accuracy"
 
@@ -27,7 +30,7 @@ class Classification(Task):
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
         inputs, classes = batch
         logits = model(self.inputs(inputs))
-        accuracy = (logits.argmax(-1) == classes).double().mean()
+        accuracy = (logits.argmax(1) == classes).double().mean()
         return Scores(F.cross_entropy(logits, classes).item(), {"accuracy": accuracy.item()})
 
 
