@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from lhopt_fused.layout import (
     check_params,
     check_rounding,
 )
+from lhopt_fused.placement import Sight, place
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     INNER_FEATURES,
@@ -37,7 +37,6 @@ from lhopt_fused.types import (
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
-_EXP_AVG = operator.itemgetter("exp_avg")
 _ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
 
 
@@ -53,72 +52,25 @@ class _Run:
     ) -> None:
         self.params = params
         self.views = views
-        self.states = states
         self.backend = backend
         self.layout = backend.layout
+        self.placement = place(params, views, states, self.layout.exp_avgs)
         self.features = FeatureAccumulator(
             self.layout, getattr(backend, "accumulate_features", None)
         )
-        self.param_pointers = _pointers(params)
-        self.kinds = [(p.dtype, p.shape, p.stride(), p.device) for p in views.params]
-        self.grad_pointers: list[int] | None = None
-        self.knows_grads = getattr(backend, "knows", self._have_stayed)
         self.last_statistics: torch.Tensor | None = None
         self.is_new = True
 
-    def binds(self, params: list[torch.Tensor]) -> bool:
-        """Whether it is these parameters, and they and their moments are where they were."""
-        try:
-            return (
-                len(params) == len(self.params)
-                and all(map(operator.is_, params, self.params))
-                and self.param_pointers == _pointers(params)
-                and all(map(operator.is_, map(_EXP_AVG, self.states), self.layout.exp_avgs))
-            )
-        except KeyError:  # someone has taken a moment out of the state
-            return False
-
-    def dense_grads(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Gradients as the backend reads them, checked whenever one has moved."""
-        if self.knows_grads(grads):
-            return grads
-        unlike = [
-            (index, grad)
+    def dense_grads(self) -> list[torch.Tensor | None]:
+        """The gradients, each checked, as the backend reads them."""
+        grads = [p.grad for p in self.params]
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                check_grad(index, self.params[index], grad)
+        return [
+            None if grad is None else self.views.grad(index, grad)
             for index, grad in enumerate(grads)
-            if grad is not None and not self._is_like_its_parameter(index, grad)
         ]
-        for index, grad in unlike:
-            check_grad(index, self.params[index], grad)
-        dense = list(grads) if unlike else grads
-        for index, grad in unlike:
-            dense[index] = self.views.grad(index, grad)
-            if dense[index] is not grad:
-                self.grad_pointers = None  # to be copied again in the next step
-        return dense
-
-    def _is_like_its_parameter(self, index: int, grad: torch.Tensor) -> bool:
-        """Whether there is nothing to check or copy, as is the rule."""
-        dtype, shape, stride, device = self.kinds[index]
-        return (
-            grad.layout is torch.strided
-            and grad.dtype is dtype
-            and grad.shape == shape
-            and grad.stride() == stride
-            and grad.device == device
-        )
-
-    def _have_stayed(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether the gradients are where they were when this was asked last."""
-        before = self.grad_pointers
-        try:
-            self.grad_pointers = [0 if g is None else g.data_ptr() for g in grads]
-        except RuntimeError:  # a sparse gradient has no pointer; the check that follows names it
-            self.grad_pointers = None
-        return before is not None and before == self.grad_pointers
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 class MeasuredOptimizer(Optimizer):
@@ -254,19 +206,19 @@ class MeasuredOptimizer(Optimizer):
     def _step(self, loss: float | None) -> None:
         """One inner step; ``loss`` is what the closure returned, if there was one."""
         scalars_changed = self._read_groups()
-        grads = [p.grad for p in self._all_params()]
-        run = self._current_run(grads)
+        run, is_ready = self._current_run()
         if run is None:
             return
-        if len(run.params) != len(grads):
-            grads = [p.grad for p in run.params]
-        dense = run.dense_grads(grads)
-        if scalars_changed or run.is_new:
-            self._push_scalars(run)
-        statistics = run.features.next_statistics() if self._measures_now() else None
-        run.views.load()
-        run.backend.step(dense, statistics)
-        run.views.store()
+        try:
+            grads = run.placement.gradients if is_ready else run.dense_grads()
+            if scalars_changed or run.is_new:
+                self._push_scalars(run)
+            statistics = run.features.next_statistics() if self._measures_now() else None
+            run.views.load()
+            run.backend.step(grads, statistics)
+            run.views.store()
+        finally:
+            run.placement.let_go()
         run.is_new = False
         if statistics is not None:
             run.features.recorded()
@@ -432,17 +384,20 @@ class MeasuredOptimizer(Optimizer):
             if isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu":
                 row[SCALARS.index("lr")].copy_(group["lr"])
 
-    def _current_run(self, grads: Sequence[torch.Tensor | None]) -> _Run | None:
-        """The binding of all parameters that have state or a gradient; None if there are none."""
-        params = self._all_params()
+    def _current_run(self) -> tuple[_Run | None, bool]:
+        """The binding of all parameters that have state or a gradient, None if there are none.
+
+        And whether its gradients are ready to be read as they are.
+        """
         run = self._run
-        if run is None or len(run.params) < len(params) or not run.binds(params):
-            active = [
-                p for p, g in zip(params, grads, strict=True) if g is not None or p in self.state
-            ]
-            if run is None or not run.binds(active):
-                return self._bind(active) if active else None
-        return run
+        sight = Sight.UNBOUND if run is None else run.placement.look(self.param_groups)
+        if sight == Sight.UNBOUND:
+            active = [p for p in self._all_params() if p.grad is not None or p in self.state]
+            if not active:
+                return None, False
+            run = self._bind(active)
+            sight = run.placement.look(self.param_groups)
+        return run, sight == Sight.READY
 
     def _bind(self, params: list[torch.Tensor]) -> _Run:
         """Lay out ``params`` for the backend; on an error nothing has changed."""
