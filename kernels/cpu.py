@@ -6,6 +6,7 @@ This module checks tensors and hands their addresses over; the extension checks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 
 from lhopt_fused import _C

@@ -6,8 +6,11 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, get_args, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -22,6 +25,7 @@ from lhopt_fused.layout import (
     check_params,
     check_rounding,
 )
+from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.placement import Sight, place
 from lhopt_fused.types import (
     EXTRA_FEATURES,
@@ -79,7 +83,7 @@ class MeasuredOptimizer(Optimizer):
     Subclasses say what their param groups mean through :meth:`_options` and :meth:`_scalars`.
     """
 
-    _group_keys: ClassVar[tuple[str, ...]]  # what a step reads of a param group; "lr" first
+    _values_of: ClassVar[itemgetter[Any]]  # what a step reads of a param group beside "lr"
     _carried_keys: ClassVar[tuple[str, ...]] = (_STATE_KEY,)  # of a state dict, beside torch's
 
     def __init__(
@@ -122,10 +126,11 @@ class MeasuredOptimizer(Optimizer):
 
     def _reset_run(self) -> None:
         self._run: _Run | None = None
+        self._group_lrs: list[Any] = []
         self._group_values: list[tuple[Any, ...]] = []
         self._group_options: list[StepOptions] = []
         self._inner_step = 0
-        self._group_scalars: list[tuple[float, ...]] = []
+        self._group_scalars: npt.NDArray[np.float64] = np.empty((0, len(SCALARS)))
         self._feature_sums: torch.Tensor | None = None
         self._skipped = 0
         self._warned_nonfinite = False
@@ -138,7 +143,8 @@ class MeasuredOptimizer(Optimizer):
 
     @abstractmethod
     def _scalars(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The numbers of ``group`` in the order of :data:`SCALARS`; refuses bad values."""
+        """The numbers of ``group`` in the order of :data:`SCALARS` after the learning rate; refuses
+        bad values."""
 
     def settings(self, group: int = 0) -> tuple[StepOptions, tuple[float, ...]]:
         """What the backends step a param group with, checked.
@@ -150,7 +156,7 @@ class MeasuredOptimizer(Optimizer):
             ValueError: a hyperparameter is not acceptable.
         """
         chosen = self.param_groups[group]
-        return self._options(chosen), self._scalars(chosen)
+        return self._options(chosen), (_learning_rate(chosen), *self._scalars(chosen))
 
     # ------------------------------------------------------------------ torch's optimizer
 
@@ -173,6 +179,7 @@ class MeasuredOptimizer(Optimizer):
             check_disjoint([*self._all_params(), *tensors])
         checked = {**self.defaults, **group}
         self._options(checked)
+        _learning_rate(checked)
         self._scalars(checked)
         super().add_param_group(group)
         self._group_values = []
@@ -358,31 +365,34 @@ class MeasuredOptimizer(Optimizer):
         Groups are compared by value, so that a step over hundreds of unchanged groups costs
         microseconds; learning rates held in tensors are read anew each time.
         """
-        values = [self._values_of(group) for group in self.param_groups]
-        tensors = any(isinstance(value[0], torch.Tensor) for value in values)
-        if not tensors and values == self._group_values:
+        lrs = list(map(itemgetter("lr"), self.param_groups))
+        values = list(map(self._values_of, self.param_groups))
+        in_tensors = any(isinstance(lr, torch.Tensor) for lr in lrs)
+        if values != self._group_values:
+            options = [self._options(group) for group in self.param_groups]
+            scalars = np.array([self.settings(i)[1] for i in range(len(values))])
+            if options != self._group_options:
+                self._retire_run()
+            self._group_options = options
+        elif in_tensors or lrs != self._group_lrs:  # as schedules do
+            scalars = self._group_scalars.copy()
+            scalars[:, 0] = [_learning_rate(group) for group in self.param_groups]
+        else:
             return False
-        options = [self._options(group) for group in self.param_groups]
-        self._group_scalars = [self._scalars(group) for group in self.param_groups]
-        if options != self._group_options:
-            self._retire_run()
-        self._group_options = options
-        self._group_values = values
+        self._group_scalars, self._group_lrs, self._group_values = scalars, lrs, values
         return True
-
-    def _values_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(map(group.__getitem__, self._group_keys))
 
     def _push_scalars(self, run: _Run) -> None:
         """Bring the table on the device up to date with ``param_groups``; waits for nothing."""
         table = run.layout.scalars
-        rows = torch.tensor(
-            self._group_scalars, dtype=table.dtype, pin_memory=table.device.type == "cuda"
-        )
+        rows = torch.from_numpy(self._group_scalars)
+        if table.device.type == "cuda":
+            rows = rows.pin_memory()
         table.copy_(rows, non_blocking=True)
-        for row, group in zip(table, self.param_groups, strict=True):
-            if isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu":
-                row[SCALARS.index("lr")].copy_(group["lr"])
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+                table[index, 0].copy_(lr)
 
     def _current_run(self) -> tuple[_Run | None, bool]:
         """The binding of all parameters that have state or a gradient, None if there are none.
@@ -509,6 +519,10 @@ class MeasuredOptimizer(Optimizer):
             self._skipped = measured["skipped_steps"]
             self._feature_sums = measured["feature_sums"]
         super().__setstate__(state)
+
+
+def _learning_rate(group: dict[str, Any]) -> float:
+    return number(group, "lr", 0, LARGEST)
 
 
 def _listed(params: Any) -> Any:

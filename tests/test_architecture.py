@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels.cpu": {"types", "kernels.gradients", "_C"},
     "kernels.triton": {"types", "kernels.gradients", "kernels.triton"},
     "placement": {"layout", "kernels.gradients", "_C"},
-    "optimizer": {"types", "features", "layout", "kernels", "placement"},
+    "optimizer": {"types", "features", "layout", "kernels", "numbers", "placement"},
     "json_fields": set(),
     "actions": {"types", "json_fields"},
     "cdf": set(),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import device_of, make_params, set_grads, with_triton
 
-from lhopt_fused import CIAO, AdamW, _C
+from lhopt_fused import _C, CIAO, AdamW
 from lhopt_fused.layout import DenseViews
 from lhopt_fused.placement import ExchangePlacement, Placement, PythonPlacement, Sight, place
 
@@ -144,7 +144,9 @@ def train_another(params: Params, *_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [move, swap, drop, take_moment, replace_moment, train_another], ids=lambda f: f.__name__
+    "change",
+    [move, swap, drop, take_moment, replace_moment, train_another],
+    ids=lambda f: f.__name__,
 )
 def test_what_is_bound_has_changed(kind: type[Placement], change: Callable[..., None]) -> None:
     params = make_params(shapes=[(3,), (3,), (4,)])
@@ -286,7 +288,7 @@ def test_bad_gradients_are_refused_before_anything_is_written(kind: type[Placeme
     optimizer.step()
     before = [p.detach().clone() for p in params]
     params[1].grad = torch.ones(5).to_sparse()
-    with pytest.raises(TypeError, match="gradient of parameter 1 .* must be dense"):
+    with pytest.raises(TypeError, match=r"gradient of parameter 1 .* must be dense"):
         optimizer.step()
     params[1].data = torch.zeros(6)
     params[1].grad = torch.ones(6)
