@@ -178,10 +178,9 @@ class Placement {
                           " entries for " + std::to_string(count) + " parameters");
   }
 
+  // Of a list whose length has been checked; nobody else has hold of it.
   static PyObject* Item(const py::list& list, size_t index) {
-    PyObject* const item = PyList_GetItem(list.ptr(), static_cast<py::ssize_t>(index));
-    if (item == nullptr) throw py::error_already_set();
-    return item;
+    return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(index));
   }
 
   bool IsWhereItWas(size_t index, const py::object& tensor) const {

@@ -115,7 +115,7 @@ class PythonPlacement(Placement):
         self._params, self._states, self._exp_avgs = params, states, exp_avgs
         self._pointers = _pointers(params)
         self._bound_ids = set(map(id, params))
-        self._forms = [(p.device, p.shape, p) for p in views.params]
+        self._forms = [(p.device, p.shape, p.stride(), p) for p in views.params]
         self._seen: tuple[list[int], list[torch.dtype | None]] | None = None
         count = len(params)
         nowhere = np.zeros(count, np.int64), np.full(count, MISSING, np.int8)
@@ -161,14 +161,14 @@ class PythonPlacement(Placement):
 
     def _fits(self, index: int, grad: torch.Tensor | None) -> bool:
         """Whether a gradient is missing or to be read as it is."""
-        device, shape, view = self._forms[index]
+        device, shape, stride, view = self._forms[index]
         return grad is None or (
             type(grad) in _PLAIN
             and grad.dtype in DTYPE_CODES
             and grad.layout is torch.strided
             and grad.device == device
             and grad.shape == shape
-            and same_memory_order(grad, view)
+            and (grad.stride() == stride or same_memory_order(grad, view))
         )
 
 
