@@ -212,7 +212,7 @@ VARIANTS: Final = (
     _our_half("adamw-bf16-master", "AdamW bf16, fp32 master weights", 28, master_weights=True),
     Variant(
         "torch-fused-bf16",
-        "torch AdamW fused, bf16, 16-bit state",
+        "torch AdamW fused, bf16",
         _torch_adamw(fused=True),
         references.adamw,
         _bytes(14),
