@@ -46,7 +46,7 @@ def _title(document: Mapping[str, Any]) -> str:
     state = " + changes" if document["dirty"] else ""
     captured = ", captured in CUDA graphs" if document["captured"] else ""
     return (
-        f"optimizer step, fp32{captured}: {where}, torch {document['versions']['torch']}, "
+        f"optimizer step{captured}: {where}, torch {document['versions']['torch']}, "
         f"commit {document['commit']}{state}, {document['date'][:10]}"
     )
 

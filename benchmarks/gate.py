@@ -36,22 +36,23 @@ def check(variant: Variant, shapes: Sequence[Shape], device: torch.device, base:
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     max_norm = MAX_NORM * GRADIENT_SCALE * elements**0.5
     settings = Settings(GATE_LR, max_norm, base.backend, base.captured)
-    params = _make_params(shapes, device)
+    dtype = variant.dtype
+    params = _make_params(shapes, device, dtype)
     run = variant.build(params, settings)
     step = CapturedStep(run.step) if settings.captured else run.step
-    _train(params, step)
-    expected, reference = _reference(variant.reference, shapes, settings)
+    _train(params, step, dtype)
+    expected, reference = _reference(variant.reference, shapes, settings, dtype)
     _compare_params(params, expected, variant.tolerance)
     if variant.features_reference is not None:
         if variant.features_reference is not variant.reference:
-            reference = _reference(variant.features_reference, shapes, settings)[1]
+            reference = _reference(variant.features_reference, shapes, settings, dtype)[1]
         _compare_features(run, reference)
 
 
 def _make_params(
-    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype = torch.float32
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
 ) -> list[torch.nn.Parameter]:
-    """The same float32 numbers on every device and in every dtype."""
+    """The same numbers on every device, rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(device, dtype))
@@ -59,8 +60,11 @@ def _make_params(
     ]
 
 
-def _gradients(params: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Write fresh gradients for each step, in place: a captured step reads them where they are."""
+def _gradients(params: list[torch.nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Write fresh gradients for each step, in place: a captured step reads them where they are.
+
+    They are rounded to ``dtype``, whatever the parameters hold.
+    """
     generator = torch.Generator().manual_seed(1)
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -68,21 +72,25 @@ def _gradients(params: list[torch.nn.Parameter]) -> Iterator[None]:
         for param in params:
             assert param.grad is not None
             fresh = torch.randn(param.shape, generator=generator).mul_(GRADIENT_SCALE * scale)
-            param.grad.copy_(fresh)
+            param.grad.copy_(fresh.to(dtype))
         yield
 
 
-def _train(params: list[torch.nn.Parameter], step: Callable[[], object]) -> None:
-    for _ in _gradients(params):
+def _train(
+    params: list[torch.nn.Parameter], step: Callable[[], object], dtype: torch.dtype
+) -> None:
+    for _ in _gradients(params, dtype):
         step()
 
 
 def _reference(
-    build: Build, shapes: Sequence[Shape], settings: Settings
+    build: Build, shapes: Sequence[Shape], settings: Settings, dtype: torch.dtype
 ) -> tuple[list[torch.nn.Parameter], Run]:
-    params = _make_params(shapes, torch.device("cpu"), torch.float64)
+    """The definition in float64, from the numbers that a variant of ``dtype`` starts with."""
+    start = _make_params(shapes, torch.device("cpu"), dtype)
+    params = [torch.nn.Parameter(param.detach().double()) for param in start]
     run = build(params, settings)
-    _train(params, run.step)
+    _train(params, run.step, dtype)
     return params, run
 
 

@@ -8,13 +8,22 @@
 # there, or fetched by pip into a temporary folder; the environment is left as it is.
 #
 # Builds the extension in a temporary copy, runs the tests marked gpu, measures what the first step
-# waits for kernels to compile, the step benchmarks, the same captured in CUDA graphs, and runs a
-# short step under compute-sanitizer. Logs, JSON, pictures and summary.{txt,json} go to FOLDER
-# (default: benchmarks/results/gpu-check). PYTHON names the interpreter. The exit status is 0 only if
-# every check passed.
+# waits for kernels to compile, the step benchmarks, the same captured in CUDA graphs, those of
+# 16-bit parameters, and runs a short step under compute-sanitizer. Logs, JSON, pictures and
+# summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check). PYTHON names the
+# interpreter. The exit status is 0 only if every check passed.
 set -uo pipefail
 
 readonly DEADLINE=470 # seconds after the start
+readonly GPU_TESTS=( # those with tests marked gpu; others need packages that are not needed here
+  tests/kernels/test_rounding.py
+  tests/kernels/test_runs.py
+  tests/kernels/test_triton.py
+  tests/test_golden.py
+  tests/test_lhopt.py
+  tests/test_placement.py
+  tests/test_registers.py
+)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 mkdir -p "${1:-$root/benchmarks/results/gpu-check}" || exit 2
@@ -121,11 +130,17 @@ export LHOPT_BUILD_JOBS="${LHOPT_BUILD_JOBS:-8}"
 # versions of torch and Triton are not what is tested
 check build 150 "$python" setup.py build_ext --inplace
 cp "$root/pyproject.toml" "$tree"
-check tests 150 "$python" -m pytest -q -m gpu -W default --junitxml="$out/tests.xml" tests
+# most of the tests' time goes into compiling kernels, one at a time
+in_parallel=()
+if "$python" -c 'import xdist' 2>/dev/null; then in_parallel=(-n 6); fi
+check tests 150 "$python" -m pytest -q -m gpu -W default "${in_parallel[@]}" \
+  --junitxml="$out/tests.xml" "${GPU_TESTS[@]}"
 check compile 75 "$python" -m benchmarks.compile_time --out "$out"
 check step 150 "$python" -m benchmarks.run --device cuda --rounds 9 --out "$out"
 check graph 60 "$python" -m benchmarks.run --device cuda --graph --rounds 11 \
   --workloads gpt2-small,small-400 --out "$out"
+check half 60 "$python" -m benchmarks.run --device cuda --rounds 7 --workloads gpt2-xl \
+  --variants adamw-bf16,adamw-bf16-stochastic,adamw-bf16-master,torch-fused-bf16 --out "$out/half"
 if command -v compute-sanitizer >/dev/null; then
   # without torch's cache of allocations an access outside of a tensor is one outside of memory
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 check sanitizer 90 \

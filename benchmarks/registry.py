@@ -58,11 +58,12 @@ class Variant:
     Attributes:
         build: makes it for some parameters.
         reference: the definition it must agree with, built on float64 copies of them.
-        bytes_per_element: bytes that the algorithm moves per fp32 element of a tensor of a shape;
+        bytes_per_element: bytes that the algorithm moves per element of a tensor of a shape;
             of a composition of torch operations, what those read and write.
         peer: the variant that its time is divided by.
         features_reference: where it takes statistics, the definition of its features.
         cached_bytes_per_element: what is left where a tensor stays in the last-level cache.
+        dtype: of parameters and gradients.
         tolerance: of the gate, relative to the tensor's largest parameter, element by element.
         period: a sample is the mean of a multiple of so many steps.
         on_request: devices on which it is timed only where it is named, and why.
@@ -77,6 +78,7 @@ class Variant:
     ours: bool = False
     features_reference: Build | None = None
     cached_bytes_per_element: int | None = None
+    dtype: torch.dtype = torch.float32
     tolerance: float = 2e-6
     period: int = 1
     devices: tuple[str, ...] = ("cpu", "cuda")

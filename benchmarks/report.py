@@ -52,7 +52,7 @@ def make_rows(
             "ours": variant.ours,
             "tensors": len(shapes),
             "elements": sum(map(math.prod, shapes)),
-            "dtype": "float32",
+            "dtype": str(variant.dtype).removeprefix("torch."),
             **_times(variant, series),
             **_traffic(variant, shapes, series[variant.name], bandwidth),
         }

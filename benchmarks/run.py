@@ -131,12 +131,13 @@ def _time(
     plan: Plan, workload: Workload, variants: Sequence[Variant]
 ) -> tuple[dict[str, Series], int]:
     shapes = workload.on(plan.device.type, quick=plan.quick)
-    params = _make_params(shapes, plan.device)
+    dtypes = {variant.dtype for variant in variants}
+    params = {dtype: _make_params(shapes, plan.device, dtype) for dtype in dtypes}
     settings = Settings(TIMED_LR, NEVER_CLIPS, plan.backend, plan.captured)
     probe_elements = 2**20 if plan.quick else PROBE_ELEMENTS[plan.device.type]
     contestants = [
         *machine.probes(plan.device, probe_elements),
-        *(_contestant(v, params, settings, workload.steps_per_sample) for v in variants),
+        *(_contestant(v, params[v.dtype], settings, workload.steps_per_sample) for v in variants),
     ]
     series = interleave(
         contestants,
@@ -148,12 +149,14 @@ def _time(
     return series, probe_elements
 
 
-def _make_params(shapes: Sequence[Shape], device: torch.device) -> list[torch.nn.Parameter]:
+def _make_params(
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
+) -> list[torch.nn.Parameter]:
     """Parameters with gradients, all normal at the scales of a model in training."""
     torch.manual_seed(0)
     params = []
     for shape in shapes:
-        param = torch.nn.Parameter(torch.randn(shape, device=device).mul_(0.02))
+        param = torch.nn.Parameter(torch.randn(shape, device=device).mul_(0.02).to(dtype))
         param.grad = torch.randn_like(param).mul_(1e-3)
         params.append(param)
     return params
@@ -170,7 +173,8 @@ def _contestant(
 
 
 def _fits(device: torch.device, shapes: Sequence[Shape], variants: int) -> bool:
-    """Whether two moments for each variant, and temporaries for one, fit beside each other."""
+    """Whether state of each variant, as two float32 moments, and temporaries for one fit beside
+    each other."""
     needed = (2 * variants + 4) * 4 * sum(torch.Size(shape).numel() for shape in shapes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory()[1]
     return needed < MEMORY_SHARE * free

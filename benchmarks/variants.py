@@ -17,6 +17,12 @@ __all__ = ["PEER_PACKAGES", "VARIANTS"]
 
 PEER_TOLERANCE: Final = 2e-5
 """Some packages take bias corrections in float32; 1 - 0.999 is off by 6e-5 of itself there."""
+HALF: Final[dict[str, Any]] = {
+    "dtype": torch.bfloat16,
+    "tolerance": 6 * 2.0**-8,  # a unit in the last place of the largest parameter in each step
+    "on_request": ("cpu", "cuda"),
+    "on_request_reason": "its parameters are bfloat16",
+}
 PEER_PACKAGES: Final = ("flashoptim", "pytorch-optimizer", "deepspeed", "heavyball")
 
 Params = list[torch.nn.Parameter]
@@ -55,6 +61,18 @@ def _lhopt(**keywords: Any) -> Build:
 def _ours(name: str, label: str, build: Build, **fields: Any) -> Variant:
     adam = {"reference": references.adamw, "features_reference": references.measured_adamw}
     return Variant(name, label, build, ours=True, **{**adam, "peer": "torch-fused", **fields})
+
+
+def _our_half(name: str, label: str, count: int, **keywords: Any) -> Variant:
+    """AdamW with bfloat16 parameters; the gate has seen its features in float32."""
+    return _ours(
+        name,
+        label,
+        _adamw(nonfinite="mask", **keywords),
+        features_reference=None,
+        bytes_per_element=_bytes(count),
+        **{**HALF, "peer": "torch-fused-bf16"},
+    )
 
 
 def _our_lhopt(name: str, label: str, *, every: int = 1, trust: str = "exact") -> Variant:
@@ -187,6 +205,20 @@ VARIANTS: Final = (
     _our_lhopt("lhopt-exact", "LHOPT exact, statistics"),
     _our_lhopt("lhopt-exact-every4", "LHOPT exact, every 4th step", every=4),
     _our_lhopt("lhopt-delayed", "LHOPT delayed, statistics", trust="delayed"),
+    _our_half("adamw-bf16", "AdamW bf16, statistics, mask", 22),
+    _our_half(
+        "adamw-bf16-stochastic", "AdamW bf16, stochastic rounding", 22, rounding="stochastic"
+    ),
+    _our_half("adamw-bf16-master", "AdamW bf16, fp32 master weights", 28, master_weights=True),
+    Variant(
+        "torch-fused-bf16",
+        "torch AdamW fused, bf16",
+        _torch_adamw(fused=True),
+        references.adamw,
+        _bytes(14),
+        peer="torch-fused-bf16",
+        **HALF,
+    ),
     Variant(
         "torch-clip-fused",
         "torch clip + AdamW fused",

@@ -1,5 +1,6 @@
 // The Python module lhopt_fused._C. Everything that crosses this boundary is checked here: tensors
 // come as addresses, element counts and dtype codes, so that no torch headers are needed.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,11 +20,13 @@ namespace py = pybind11;
 
 namespace lhopt {
 
+void BindPlacement(py::module_& m);     // in placement_bindings.cpp
 void BindPolicyRunner(py::module_& m);  // in policy_bindings.cpp
 
 namespace {
 
-constexpr int kNoGradient = -1;  // as a dtype code
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
 
 // `message` is a string or, where building it costs, a function that returns one.
 template <class Message>
@@ -121,59 +124,6 @@ void CheckRuns(const std::vector<int32_t>& run_of, size_t groups, size_t runs) {
   }
 }
 
-// Torch tensors as the step last read them, so that the next one need not ask for more than where
-// they are and what they hold.
-class SeenTensors {
- public:
-  // Takes in None or a tensor at the next position and returns its address.
-  uintptr_t See(const py::object& tensor) {
-    Seen seen;
-    if (!tensor.is_none()) {
-      seen.address = py::cast<uintptr_t>(tensor.attr(data_ptr_)());
-      seen.dtype = tensor.attr(dtype_);
-    }
-    seen_.push_back(std::move(seen));
-    return seen_.back().address;
-  }
-
-  void Clear() { seen_.clear(); }
-
-  // Whether these are the tensors that were seen. Those that cannot say, such as sparse ones, are
-  // not.
-  bool AreSeen(const py::list& tensors) const {
-    bool same = tensors.size() == seen_.size();
-    for (size_t i = 0; same && i < seen_.size(); ++i) {
-      same = IsSeen(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), seen_[i]);
-    }
-    return same;
-  }
-
- private:
-  struct Seen {
-    uintptr_t address = 0;
-    py::object dtype;  // null for None
-  };
-
-  static py::str Interned(const char* name) {
-    return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
-  }
-
-  bool IsSeen(PyObject* tensor, const Seen& seen) const {
-    if (tensor == Py_None || !seen.dtype) return tensor == Py_None && !seen.dtype;
-    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype_.ptr()));
-    const auto address = py::reinterpret_steal<py::object>(
-        dtype ? PyObject_CallMethodNoArgs(tensor, data_ptr_.ptr()) : nullptr);
-    if (!address) {
-      PyErr_Clear();
-      return false;
-    }
-    return dtype.is(seen.dtype) && PyLong_AsSize_t(address.ptr()) == seen.address;
-  }
-
-  py::str data_ptr_ = Interned("data_ptr"), dtype_ = Interned("dtype");
-  std::vector<Seen> seen_;
-};
-
 // A step and its buffers for the addresses that come with each call.
 class PyStep {
  public:
@@ -200,23 +150,18 @@ class PyStep {
                                    rounding_seed, ActiveKernels());
   }
 
-  // `grads`: torch tensors that fit the parameters, or None; `dtypes`: their codes, or kNoGradient.
-  void SetGradients(const py::list& grads, const py::list& dtypes) {
-    Require(grads.size() == sizes_.size() && dtypes.size() == sizes_.size(),
-            "expected " + std::to_string(sizes_.size()) + " gradients and dtypes, got " +
-                std::to_string(grads.size()) + " and " + std::to_string(dtypes.size()));
+  // One of each for every tensor: where its gradient is, and of what dtype, or kNoGradient.
+  void SetGradients(const Array<int64_t>& addresses, const Array<int8_t>& dtypes) {
+    const auto count = static_cast<py::ssize_t>(sizes_.size());
+    Require(addresses.size() == count && dtypes.size() == count, [&] {
+      return "expected " + std::to_string(count) + " addresses and dtypes of gradients, got " +
+             std::to_string(addresses.size()) + " and " + std::to_string(dtypes.size());
+    });
     CheckIdle();
-    seen_.Clear();  // until all have been found good
-    SeenTensors seen;
     for (size_t i = 0; i < sizes_.size(); ++i) {
-      gradients_[i] = CheckedGradient(seen.See(grads[i]), py::cast<int>(dtypes[i]), i);
+      gradients_[i] =
+          CheckedGradient(static_cast<uintptr_t>(addresses.data()[i]), dtypes.data()[i], i);
     }
-    seen_ = std::move(seen);
-  }
-
-  // Whether these are the gradients that were set.
-  bool HasGradients(const py::list& grads) const {
-    return grads.size() == sizes_.size() && seen_.AreSeen(grads);
   }
 
   void Run(uintptr_t statistics, int num_threads) {
@@ -240,15 +185,15 @@ class PyStep {
 
   Gradient CheckedGradient(uintptr_t address, int code, size_t index) const {
     if (code == kNoGradient) return {};
-    Require(address != 0 || sizes_[index] == 0, [&] { return At("grads", index) + " is null"; });
+    const auto name = [&] { return At("addresses", index); };
+    Require(address != 0 || sizes_[index] == 0, [&] { return name() + " is null"; });
     const DType dtype = Checked<DType>(code, kNumDTypes, [&] { return At("dtypes", index); });
-    CheckElementAlignment(address, dtype, [&] { return At("grads", index); });
+    CheckElementAlignment(address, dtype, name);
     return {reinterpret_cast<const void*>(address), dtype, true};
   }
 
   std::vector<int64_t> sizes_;
   std::vector<Gradient> gradients_;  // none at first
-  SeenTensors seen_;
   std::unique_ptr<Step> step_;
   bool running_ = false;  // guarded by the GIL
 };
@@ -306,15 +251,14 @@ void BindStep(py::module_& m) {
           py::kw_only(), py::arg("tensors"), py::arg("groups"), py::arg("run_of"),
           py::arg("num_runs"), py::arg("scalars"), py::arg("group_state"), py::arg("tensor_state"),
           py::arg("skipped_steps"), py::arg("masks_nonfinite"), py::arg("rounding_seed"))
-      .def("set_gradients", &PyStep::SetGradients, py::arg("grads"), py::arg("dtypes"))
-      .def("has_gradients", &PyStep::HasGradients, py::arg("grads"))
+      .def("set_gradients", &PyStep::SetGradients, py::arg("addresses").noconvert(),
+           py::arg("dtypes").noconvert())
       .def("run", &PyStep::Run, py::arg("statistics"), py::arg("num_threads"))
       .def_property_readonly("isa", &PyStep::isa);
   m.def("available_isas", &AvailableIsas, "Instruction sets of this processor, fastest first.");
   m.def(
       "active_isa", [] { return std::string(ActiveKernels().name); },
       "The instruction set of steps built now: LHOPT_CPU_ISA, or else the fastest.");
-  m.attr("NO_GRADIENT") = kNoGradient;
   m.attr("TABLE_COLUMNS") =
       py::make_tuple(static_cast<int>(kNumScalars), static_cast<int>(kNumGroupState),
                      static_cast<int>(kNumTensorState), static_cast<int>(kNumStatistics));
@@ -327,5 +271,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Fused optimizer steps on the CPU.";
   lhopt::BindStep(m);
   lhopt::BindInnerFeatures(m);
+  lhopt::BindPlacement(m);
   lhopt::BindPolicyRunner(m);
 }

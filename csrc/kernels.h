@@ -10,6 +10,7 @@ namespace lhopt {
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 inline constexpr int kNumDTypes = 3;
 inline constexpr int64_t kDTypeSize[kNumDTypes] = {4, 2, 2};
+inline constexpr int8_t kNoGradient = -1;  // in place of a gradient's dtype
 
 enum class Denominator : uint8_t { kRms, kMax };
 inline constexpr int kNumDenominators = 2;

@@ -6,11 +6,11 @@ others are tested against; ``cpu`` is C++; ``triton`` is for GPUs. They never im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
 
+from lhopt_fused.kernels.gradients import Grads
 from lhopt_fused.types import StepLayout
 
 __all__ = ["BackendName", "StepBackend", "get_backend", "resolve_backend"]
@@ -23,15 +23,13 @@ class StepBackend(Protocol):
 
     layout: StepLayout
 
-    def step(
-        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
-    ) -> None:
+    def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
         """Update parameters and state from ``grads``; the gradients are only read.
 
         Args:
             grads: T gradients in the layout's order, each in its parameter's memory order, of any
                 supported float dtype; ``None`` leaves that tensor and its state alone. A group
-                without a gradient keeps its state too.
+                without a gradient keeps its state too. A table of them saves looking each up.
             statistics: float64 ``[T, len(STATISTICS)]`` on the layout's device to be filled, or
                 ``None`` where no statistics are wanted in this step.
 

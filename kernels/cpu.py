@@ -6,11 +6,11 @@ This module checks tensors and hands their addresses over; the extension checks 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
 from lhopt_fused import _C
+from lhopt_fused.kernels.gradients import DTYPE_CODES, Grads, check_same_memory_order, tabulated
 from lhopt_fused.types import (
     GROUP_STATE,
     SCALARS,
@@ -22,8 +22,6 @@ from lhopt_fused.types import (
 )
 
 __all__ = ["CpuBackend"]
-
-_DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 if tuple(map(len, (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS))) != _C.TABLE_COLUMNS:
     raise ImportError(
@@ -47,15 +45,13 @@ class CpuBackend:
     def __init__(self, layout: StepLayout) -> None:
         _check_layout(layout)
         self.layout = layout
-        self._shapes = [(p.shape, p.stride()) for p in layout.params]
-        self._known: list[torch.Tensor | None] | None = None
         signs = _addresses(layout.grad_signs, len(layout.params))
         masters = _addresses(layout.master_params, len(layout.params))
         self._step = _C.Step(
             tensors=[
                 _C.TensorSpec(
                     param=param.data_ptr(),
-                    dtype=_DTYPE_CODES[param.dtype],
+                    dtype=DTYPE_CODES[param.dtype],
                     master=masters[index],
                     size=param.numel(),
                     exp_avg=layout.exp_avgs[index].data_ptr(),
@@ -93,32 +89,20 @@ class CpuBackend:
         """The instruction set in use: ``avx512``, ``avx2``, ``neon`` or ``scalar``."""
         return str(self._step.isa)
 
-    def step(
-        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
-    ) -> None:
+    def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
         """See :meth:`~lhopt_fused.kernels.StepBackend.step`.
 
         Raises:
             ValueError: a gradient or ``statistics`` does not fit the layout; nothing was written.
         """
-        if len(grads) != len(self._shapes):
-            raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
         if statistics is not None:
             self._check_statistics(statistics)
-        known, self._known = self._known, None
-        if known is not grads and not self._step.has_gradients(grads):
-            codes = [self._code_of(index, grad) for index, grad in enumerate(grads)]
-            self._step.set_gradients(grads, codes)
+        self._take_gradients(grads)
         self._step.run(0 if statistics is None else statistics.data_ptr(), torch.get_num_threads())
 
-    def knows(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether these gradients are where they were in the last step, and of the same dtype.
-
-        If so, a :meth:`step` with this very list comes next, and does not look again.
-        """
-        known = self._step.has_gradients(grads)
-        self._known = grads if known else None
-        return known
+    def _take_gradients(self, grads: Grads) -> None:
+        table = tabulated(grads, self.layout.params, "cpu")
+        self._step.set_gradients(table.addresses, table.dtypes)
 
     def accumulate_features(self, statistics: torch.Tensor, sums: torch.Tensor) -> None:
         """Add the mean features of one step to ``sums``.
@@ -136,17 +120,7 @@ class CpuBackend:
         self._features.accumulate(statistics.data_ptr(), sums.data_ptr())
 
     def _check_statistics(self, statistics: torch.Tensor) -> None:
-        _check_table(statistics, (len(self._shapes), len(STATISTICS)), "statistics")
-
-    def _code_of(self, index: int, grad: torch.Tensor | None) -> int:
-        """The dtype code of a gradient that fits its parameter."""
-        if grad is None:
-            return _C.NO_GRADIENT
-        shape, stride = self._shapes[index]
-        code = _DTYPE_CODES.get(grad.dtype)
-        if code is None or not grad.is_cpu or grad.shape != shape or grad.stride() != stride:
-            return _check_grad(grad, self.layout.params[index], index)
-        return code
+        _check_table(statistics, (len(self.layout.params), len(STATISTICS)), "statistics")
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None] | None, count: int) -> list[int | None]:
@@ -182,12 +156,12 @@ def _check_layout(layout: StepLayout) -> None:
         if column is not None and len(column) != tensors:
             raise ValueError(f"layout.{name} has {len(column)} entries for {tensors} parameters")
     for index, param in enumerate(layout.params):
-        _check_dtype(param, f"parameter {index}")
+        _check_param(param, f"parameter {index}")
         for name in ("exp_avgs", "exp_avg_sqs", "master_params"):
             column = getattr(layout, name)
             if column is not None and column[index] is not None:
                 _check_tensor(column[index], torch.float32, param.shape, f"{name}[{index}]")
-                _check_same_memory_order(column[index], param, f"{name}[{index}]")
+                check_same_memory_order(column[index], param, f"{name}[{index}]")
         if layout.grad_signs is not None:
             size = (-(-param.numel() // 8),)
             _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")
@@ -203,34 +177,13 @@ def _check_layout(layout: StepLayout) -> None:
     _check_table(layout.skipped_steps, (runs,), "skipped_steps", torch.int64)
 
 
-def _check_dtype(x: torch.Tensor, name: str) -> int:
-    """The extension's code for the dtype of a tensor on the CPU."""
-    if x.device.type != "cpu":
-        raise ValueError(f'{name} is on {x.device}; backend="cpu" steps tensors on the CPU')
-    code = _DTYPE_CODES.get(x.dtype)
-    if code is None:
+def _check_param(param: torch.Tensor, name: str) -> None:
+    if param.device.type != "cpu":
+        raise ValueError(f'{name} is on {param.device}; backend="cpu" steps tensors on the CPU')
+    if param.dtype not in DTYPE_CODES:
         raise ValueError(
-            f'{name} is {x.dtype}; backend="cpu" steps float32, bfloat16 and float16, use '
+            f'{name} is {param.dtype}; backend="cpu" steps float32, bfloat16 and float16, use '
             'backend="reference" for float64'
-        )
-    return code
-
-
-def _check_grad(grad: torch.Tensor, param: torch.Tensor, index: int) -> int:
-    """Accept strides that differ where it does not matter; otherwise say what is wrong."""
-    name = f"gradient {index}"
-    code = _check_dtype(grad, name)
-    if grad.shape != param.shape:
-        raise ValueError(f"{name} has shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
-    _check_same_memory_order(grad, param, name)
-    return code
-
-
-def _check_same_memory_order(x: torch.Tensor, param: torch.Tensor, name: str) -> None:
-    strides = zip(param.shape, x.stride(), param.stride(), strict=True)
-    if x.numel() > 1 and any(size > 1 and s != t for size, s, t in strides):
-        raise ValueError(
-            f"{name} has strides {x.stride()}, expected its parameter's, {param.stride()}"
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
     GROUP_STATE,
@@ -232,10 +233,10 @@ class ReferenceBackend:
         self.layout = layout
 
     @torch.no_grad()
-    def step(
-        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
-    ) -> None:
+    def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
         layout = self.layout
+        if isinstance(grads, GradTable):
+            grads = grads.tensors
         if statistics is not None:
             statistics.zero_()
         skipped = self._skipped_runs(grads, statistics)

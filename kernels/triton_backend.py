@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +29,7 @@ except ImportError as error:
     ) from error
 
 from lhopt_fused.kernels import triton_launch
+from lhopt_fused.kernels.gradients import DTYPE_CODES, MISSING, Grads, GradTable, tabulated
 from lhopt_fused.kernels.triton_features import (
     FEATURE_COLUMNS,
     NORM_COLUMNS,
@@ -37,14 +38,13 @@ from lhopt_fused.kernels.triton_features import (
     group_features_kernel,
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
-from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, Signature, StepPlan
+from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, StepPlan
 from lhopt_fused.kernels.triton_tables import A_SIGNS
 
 __all__ = ["TritonBackend", "check_layout"]
 
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT: Final = 16  # bytes of the widest access
-_data_ptr: Final[Callable[[Any], int]] = torch.Tensor.data_ptr
 _FEATURE_BLOCK: Final = 64  # tensors, or groups, at a time
 
 
@@ -80,34 +80,16 @@ class TritonBackend:
                 self._features = self._feature_launches()
             arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
-            self._known: Sequence[torch.Tensor | None] | None = None
-            self._plans: dict[Signature, StepPlan] = {}
-            self._plan = self._plan_for(
-                Signature(
-                    tuple(param.dtype for param in layout.params),
-                    tuple(self._state_aligned.tolist()),
-                )
-            )
-
-    def knows(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether these gradients are where they were in the last step, and of the same dtype.
-
-        If so, a :meth:`step` with this very list comes next, and does not look again.
-        """
-        known = self._pointers.are(grads)
-        self._known = grads if known else None
-        return known
+            self._plans: dict[bytes, StepPlan] = {}
+            codes = np.array([DTYPE_CODES[param.dtype] for param in layout.params], dtype=np.int8)
+            self._plan = self._plan_of(codes, self._state_aligned)
 
     @torch.no_grad()
-    def step(
-        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
-    ) -> None:
-        known, self._known = self._known, None
+    def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
+        table = tabulated(grads, self.layout.params, "triton")
         with self._on_device:
-            if known is not grads and not self._pointers.are(grads):
-                pointers = _addresses(grads)
-                self._plan = self._plan_for(self._signature(grads, pointers))
-                self._pointers.see(grads, pointers)
+            if self._pointers.see(table):
+                self._plan = self._plan_for(table)
             self._pointers.upload()
             measured = statistics is not None
             for launch in self._plan.before[measured]:
@@ -161,33 +143,22 @@ class TritonBackend:
             Launch(add_features_kernel, runs, per_run, constants, example=(sums,)),
         )
 
-    def _signature(
-        self, grads: Sequence[torch.Tensor | None], pointers: npt.NDArray[np.int64]
-    ) -> Signature:
-        """Of these gradients; a missing one is taken to be as the one before it."""
-        before = self._plan.signature
-        pairs = zip(before.grad_dtypes, grads, strict=True)
-        dtypes = tuple(dtype if grad is None else grad.dtype for dtype, grad in pairs)
-        aligned = self._state_aligned & _is_aligned(pointers)
-        aligned = np.where(pointers == 0, before.is_aligned, aligned)
-        return Signature(dtypes, tuple(aligned.tolist()))
+    def _plan_for(self, table: GradTable) -> StepPlan:
+        """The launches for these gradients; compiles where they are of a new kind.
 
-    def _plan_for(self, signature: Signature) -> StepPlan:
-        """The launches for gradients of this signature; compiles where it is new.
-
-        Raises:
-            ValueError: a gradient is of a dtype that this backend does not read.
+        A missing gradient is taken to be as the one before it.
         """
-        if signature not in self._plans:
-            for index, dtype in enumerate(signature.grad_dtypes):
-                if dtype not in DTYPES:
-                    raise ValueError(
-                        f"gradient {index} is {dtype}; backend 'triton' reads float32, bfloat16 "
-                        "and float16: cast it, or choose backend='reference'"
-                    )
+        before, is_missing = self._plan, table.dtypes == MISSING
+        dtypes = np.where(is_missing, before.dtypes, table.dtypes)
+        aligned = self._state_aligned & _is_aligned(table.addresses)
+        return self._plan_of(dtypes, np.where(is_missing, before.is_aligned, aligned))
+
+    def _plan_of(self, dtypes: npt.NDArray[np.int8], is_aligned: npt.NDArray[np.bool_]) -> StepPlan:
+        key = dtypes.tobytes() + is_aligned.tobytes()
+        if key not in self._plans:
             with self._compiling("a step"):
-                self._plans[signature] = StepPlan(self.layout, self._tables, signature)
-        return self._plans[signature]
+                self._plans[key] = StepPlan(self.layout, self._tables, dtypes, is_aligned)
+        return self._plans[key]
 
 
 class _GradPointers:
@@ -200,21 +171,24 @@ class _GradPointers:
     def __init__(self, table: torch.Tensor) -> None:
         """``table`` is int64 ``[T]`` and zero; 0 stands for a missing gradient."""
         self._table = table
-        self._seen: Any = None
+        self._seen: tuple[bytes, bytes] | None = None
         self._host: npt.NDArray[np.int64] = np.zeros(len(table), dtype=np.int64)
         self._is_uploaded = True
         # Pinned memory for as long as a graph may read it; a capture itself must not allocate.
         self._captured: dict[bytes, torch.Tensor] = {}
         self._spare: torch.Tensor | None = self._pinned(np.zeros_like(self._host))
 
-    def are(self, grads: Sequence[torch.Tensor | None]) -> bool:
-        """Whether these gradients are, by address and dtype, those that :meth:`see` saw last."""
-        return self._seen is not None and bool(_places(grads) == self._seen)
-
-    def see(self, grads: Sequence[torch.Tensor | None], pointers: npt.NDArray[np.int64]) -> None:
-        """Take in gradients and their addresses, to be uploaded next."""
+    def see(self, table: GradTable) -> bool:
+        """Take in where the gradients are, to be uploaded next; whether anything is new."""
+        seen = table.addresses.tobytes(), table.dtypes.tobytes()
+        if seen == self._seen:
+            return False
+        # an empty gradient lies nowhere, but is there
+        is_empty = (table.addresses == 0) & (table.dtypes != MISSING)
+        pointers = table.addresses + _ALIGNMENT * is_empty
         self._is_uploaded = self._is_uploaded and np.array_equal(pointers, self._host)
-        self._seen, self._host = _places(grads), pointers
+        self._seen, self._host = seen, pointers
+        return True
 
     def upload(self) -> None:
         """Bring the table up to date."""
@@ -242,26 +216,6 @@ class _GradPointers:
             self._captured[key], self._spare = self._spare, None
             self._captured[key].numpy()[:] = self._host
         return self._captured[key]
-
-
-def _places(grads: Sequence[Any]) -> Any:
-    """Addresses and dtypes of gradients, to be compared, in the quickest form that there is.
-
-    None where one has no address, such as a sparse one.
-    """
-    try:
-        try:
-            return list(map(_data_ptr, grads)), [grad.dtype for grad in grads]
-        except TypeError:  # some gradients are missing
-            return [None if grad is None else (grad.data_ptr(), grad.dtype) for grad in grads]
-    except RuntimeError:
-        return None
-
-
-def _addresses(grads: Sequence[torch.Tensor | None]) -> npt.NDArray[np.int64]:
-    """Where the gradients lie, 0 where one is missing; an empty one lies nowhere, but is there."""
-    present = (0 if grad is None else grad.data_ptr() or _ALIGNMENT for grad in grads)
-    return np.fromiter(present, dtype=np.int64, count=len(grads))
 
 
 def _is_aligned(pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton.language as tl
 
 from lhopt_fused.kernels import triton_tables as tables
+from lhopt_fused.kernels.gradients import DTYPE_CODES
 from lhopt_fused.kernels.triton_apply import apply_kernel, param_norm_kernel
 from lhopt_fused.kernels.triton_chunks import ChunkRows, chunk_rows, chunk_size
 from lhopt_fused.kernels.triton_finalize import finalize_kernel
@@ -27,6 +29,8 @@ DTYPES: Final = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+_DTYPE_OF: Final = tuple(DTYPE_CODES)  # by code
 
 NUM_WARPS: Final = 4
 _THREADS: Final = 32 * NUM_WARPS
@@ -173,26 +177,29 @@ def _sums(chunks: ChunkRows) -> tuple[dict[str, Any], int]:
     return ({"ROWS": few}, NUM_WARPS) if most <= few else ({"ROWS": many}, 2 * NUM_WARPS)
 
 
-class Signature(NamedTuple):
-    """What about the gradients selects code: a plan serves all steps with equal signatures."""
-
-    grad_dtypes: tuple[torch.dtype, ...]  # [T]
-    is_aligned: tuple[bool, ...]  # [T] every pointer of the tensor is a multiple of 16 bytes
-
-
 class StepPlan:
-    """The launches of a step, in order, for gradients of one signature.
+    """The launches of a step, in order, for gradients of one kind.
 
     Attributes:
+        dtypes: int8 ``[T]``, codes of the gradients' dtypes.
+        is_aligned: bool ``[T]``, whether every pointer of the tensor is a multiple of 16 bytes.
         before: launches up to the moments, by whether statistics are taken.
         finalize: sums, trust ratios and statistics, likewise; called with the statistics table.
         after: launches that apply deferred updates.
     """
 
-    def __init__(self, layout: StepLayout, device: DeviceTables, signature: Signature) -> None:
-        self.signature = signature
+    def __init__(
+        self,
+        layout: StepLayout,
+        device: DeviceTables,
+        dtypes: npt.NDArray[np.int8],
+        is_aligned: npt.NDArray[np.bool_],
+    ) -> None:
+        self.dtypes, self.is_aligned = dtypes, is_aligned
+        self._grad_dtypes = [_DTYPE_OF[code] for code in dtypes.tolist()]
         self._layout, self._tables = layout, device
         self._tensors = range(len(layout.params))
+        self._aligned = is_aligned.tolist()
         self._vectors = [self._vector(tensor) for tensor in self._tensors]
         self._size = chunk_size(sum(p.numel() for p in layout.params))
         self._chunks = self._cut(self._tensors)
@@ -217,13 +224,13 @@ class StepPlan:
 
     def _vector(self, tensor: int) -> int:
         """Elements of the widest access: 16 bytes of the narrowest type, or a byte of signs."""
-        dtypes = {self._layout.params[tensor].dtype, self.signature.grad_dtypes[tensor]}
+        dtypes = {self._layout.params[tensor].dtype, self._grad_dtypes[tensor]}
         is_wide = dtypes == {torch.float32} and self._layout.grad_signs is None
         return 4 if is_wide else 8
 
     def _cut(self, include: Sequence[int]) -> ChunkRows:
         numels = [p.numel() for p in self._layout.params]
-        return chunk_rows(numels, self._vectors, self.signature.is_aligned, include, self._size)
+        return chunk_rows(numels, self._vectors, self._aligned, include, self._size)
 
     def _group_tensors(self) -> dict[_Bucket, list[int]]:
         buckets: dict[_Bucket, list[int]] = {}
@@ -236,7 +243,7 @@ class StepPlan:
                 stepped,
                 param.dtype if has_master else None,
                 layout.rounding == "stochastic" and stepped != torch.float32,
-                self.signature.grad_dtypes[tensor],
+                self._grad_dtypes[tensor],
                 options.denominator is Denominator.RMS,
                 options.weight_decay is WeightDecay.IN_UPDATE,
             )
@@ -294,7 +301,7 @@ class StepPlan:
         partials = torch.zeros(max(1, chunks.rows), tables.GRAD_COLUMNS.value).to(layout.device)
         by_dtype: dict[torch.dtype, list[int]] = {}
         for tensor in include:
-            by_dtype.setdefault(self.signature.grad_dtypes[tensor], []).append(tensor)
+            by_dtype.setdefault(self._grad_dtypes[tensor], []).append(tensor)
         launches = []
         for dtype, tensors in by_dtype.items():
             launches += self._chunk_launches(

@@ -1,12 +1,12 @@
 """The extension built from csrc/."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-NO_GRADIENT: int
 NUM_ACCUMULATED: int
 NUM_POLICY_FEATURES: int
 TABLE_COLUMNS: tuple[int, ...]
@@ -61,8 +61,7 @@ class Step:
         masks_nonfinite: bool,
         rounding_seed: int | None,
     ) -> None: ...
-    def set_gradients(self, grads: Sequence[object], dtypes: Sequence[int]) -> None: ...
-    def has_gradients(self, grads: Sequence[object]) -> bool: ...
+    def set_gradients(self, addresses: NDArray[np.int64], dtypes: NDArray[np.int8]) -> None: ...
     def run(self, statistics: int, num_threads: int) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -79,6 +78,31 @@ class InnerFeatures:
         num_runs: int,
     ) -> None: ...
     def accumulate(self, statistics: int, sums: int) -> None: ...
+
+def knows_exchange(capsule: object) -> bool: ...
+
+@final
+class Placement:
+    def __init__(
+        self,
+        *,
+        capsule: object,
+        types: tuple[type, ...],
+        params: list[Tensor],
+        views: list[Tensor],
+    ) -> None: ...
+    def look(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        exp_avgs: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> int: ...
+    @property
+    def addresses(self) -> NDArray[np.int64]: ...
+    @property
+    def dtypes(self) -> NDArray[np.int8]: ...
 
 @final
 class PolicyRunner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class AdamW(MeasuredOptimizer):
         ValueError, TypeError: a bad hyperparameter or parameter, named.
     """
 
-    _group_keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "differentiable")
+    _values_of = itemgetter("betas", "eps", "weight_decay", "amsgrad", "maximize", "differentiable")
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class AdamW(MeasuredOptimizer):
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
         return (
-            number(group, "lr", 0, LARGEST),
             1 - beta1,
             1 - beta2,
             number(group, "eps", 0, LARGEST),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any, Final, Literal
 
 import torch
@@ -92,8 +93,8 @@ class CIAO(MeasuredOptimizer):
         ValueError, TypeError: a bad hyperparameter or parameter, named.
     """
 
-    _group_keys = (
-        *SCALARS,
+    _values_of = itemgetter(
+        *SCALARS[1:],
         "denominator_norm",
         "adam_update_include_weight_decay",
         "scale_grad_norm_by_rolling_max",
@@ -216,7 +217,6 @@ class CIAO(MeasuredOptimizer):
     def _scalars(self, group: dict[str, Any]) -> tuple[float, ...]:
         low = number(group, "lamb_min_trust", 0, math.inf)
         return (
-            number(group, "lr", 0, LARGEST),
             number(group, "ombeta1", 0, 1, open_low=True),
             number(group, "ombeta2", 0, 1, open_low=True),
             number(group, "epsilon", 0, LARGEST),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, get_args, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -23,6 +25,8 @@ from lhopt_fused.layout import (
     check_params,
     check_rounding,
 )
+from lhopt_fused.numbers import LARGEST, number
+from lhopt_fused.placement import Sight, place
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     INNER_FEATURES,
@@ -37,7 +41,6 @@ from lhopt_fused.types import (
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
-_EXP_AVG = operator.itemgetter("exp_avg")
 _ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
 
 
@@ -53,72 +56,25 @@ class _Run:
     ) -> None:
         self.params = params
         self.views = views
-        self.states = states
         self.backend = backend
         self.layout = backend.layout
+        self.placement = place(params, views, states, self.layout.exp_avgs)
         self.features = FeatureAccumulator(
             self.layout, getattr(backend, "accumulate_features", None)
         )
-        self.param_pointers = _pointers(params)
-        self.kinds = [(p.dtype, p.shape, p.stride(), p.device) for p in views.params]
-        self.grad_pointers: list[int] | None = None
-        self.knows_grads = getattr(backend, "knows", self._have_stayed)
         self.last_statistics: torch.Tensor | None = None
         self.is_new = True
 
-    def binds(self, params: list[torch.Tensor]) -> bool:
-        """Whether it is these parameters, and they and their moments are where they were."""
-        try:
-            return (
-                len(params) == len(self.params)
-                and all(map(operator.is_, params, self.params))
-                and self.param_pointers == _pointers(params)
-                and all(map(operator.is_, map(_EXP_AVG, self.states), self.layout.exp_avgs))
-            )
-        except KeyError:  # someone has taken a moment out of the state
-            return False
-
-    def dense_grads(self, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Gradients as the backend reads them, checked whenever one has moved."""
-        if self.knows_grads(grads):
-            return grads
-        unlike = [
-            (index, grad)
+    def dense_grads(self) -> list[torch.Tensor | None]:
+        """The gradients, each checked, as the backend reads them."""
+        grads = [p.grad for p in self.params]
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                check_grad(index, self.params[index], grad)
+        return [
+            None if grad is None else self.views.grad(index, grad)
             for index, grad in enumerate(grads)
-            if grad is not None and not self._is_like_its_parameter(index, grad)
         ]
-        for index, grad in unlike:
-            check_grad(index, self.params[index], grad)
-        dense = list(grads) if unlike else grads
-        for index, grad in unlike:
-            dense[index] = self.views.grad(index, grad)
-            if dense[index] is not grad:
-                self.grad_pointers = None  # to be copied again in the next step
-        return dense
-
-    def _is_like_its_parameter(self, index: int, grad: torch.Tensor) -> bool:
-        """Whether there is nothing to check or copy, as is the rule."""
-        dtype, shape, stride, device = self.kinds[index]
-        return (
-            grad.layout is torch.strided
-            and grad.dtype is dtype
-            and grad.shape == shape
-            and grad.stride() == stride
-            and grad.device == device
-        )
-
-    def _have_stayed(self, grads: list[torch.Tensor | None]) -> bool:
-        """Whether the gradients are where they were when this was asked last."""
-        before = self.grad_pointers
-        try:
-            self.grad_pointers = [0 if g is None else g.data_ptr() for g in grads]
-        except RuntimeError:  # a sparse gradient has no pointer; the check that follows names it
-            self.grad_pointers = None
-        return before is not None and before == self.grad_pointers
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 class MeasuredOptimizer(Optimizer):
@@ -127,7 +83,7 @@ class MeasuredOptimizer(Optimizer):
     Subclasses say what their param groups mean through :meth:`_options` and :meth:`_scalars`.
     """
 
-    _group_keys: ClassVar[tuple[str, ...]]  # what a step reads of a param group; "lr" first
+    _values_of: ClassVar[itemgetter[Any]]  # what a step reads of a param group beside "lr"
     _carried_keys: ClassVar[tuple[str, ...]] = (_STATE_KEY,)  # of a state dict, beside torch's
 
     def __init__(
@@ -170,10 +126,11 @@ class MeasuredOptimizer(Optimizer):
 
     def _reset_run(self) -> None:
         self._run: _Run | None = None
+        self._group_lrs: list[Any] = []
         self._group_values: list[tuple[Any, ...]] = []
         self._group_options: list[StepOptions] = []
         self._inner_step = 0
-        self._group_scalars: list[tuple[float, ...]] = []
+        self._group_scalars: npt.NDArray[np.float64] = np.empty((0, len(SCALARS)))
         self._feature_sums: torch.Tensor | None = None
         self._skipped = 0
         self._warned_nonfinite = False
@@ -186,7 +143,8 @@ class MeasuredOptimizer(Optimizer):
 
     @abstractmethod
     def _scalars(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The numbers of ``group`` in the order of :data:`SCALARS`; refuses bad values."""
+        """The numbers of ``group`` in the order of :data:`SCALARS` after the learning rate; refuses
+        bad values."""
 
     def settings(self, group: int = 0) -> tuple[StepOptions, tuple[float, ...]]:
         """What the backends step a param group with, checked.
@@ -198,7 +156,7 @@ class MeasuredOptimizer(Optimizer):
             ValueError: a hyperparameter is not acceptable.
         """
         chosen = self.param_groups[group]
-        return self._options(chosen), self._scalars(chosen)
+        return self._options(chosen), (_learning_rate(chosen), *self._scalars(chosen))
 
     # ------------------------------------------------------------------ torch's optimizer
 
@@ -221,6 +179,7 @@ class MeasuredOptimizer(Optimizer):
             check_disjoint([*self._all_params(), *tensors])
         checked = {**self.defaults, **group}
         self._options(checked)
+        _learning_rate(checked)
         self._scalars(checked)
         super().add_param_group(group)
         self._group_values = []
@@ -254,19 +213,19 @@ class MeasuredOptimizer(Optimizer):
     def _step(self, loss: float | None) -> None:
         """One inner step; ``loss`` is what the closure returned, if there was one."""
         scalars_changed = self._read_groups()
-        grads = [p.grad for p in self._all_params()]
-        run = self._current_run(grads)
+        run, is_ready = self._current_run()
         if run is None:
             return
-        if len(run.params) != len(grads):
-            grads = [p.grad for p in run.params]
-        dense = run.dense_grads(grads)
-        if scalars_changed or run.is_new:
-            self._push_scalars(run)
-        statistics = run.features.next_statistics() if self._measures_now() else None
-        run.views.load()
-        run.backend.step(dense, statistics)
-        run.views.store()
+        try:
+            grads = run.placement.gradients if is_ready else run.dense_grads()
+            if scalars_changed or run.is_new:
+                self._push_scalars(run)
+            statistics = run.features.next_statistics() if self._measures_now() else None
+            run.views.load()
+            run.backend.step(grads, statistics)
+            run.views.store()
+        finally:
+            run.placement.let_go()
         run.is_new = False
         if statistics is not None:
             run.features.recorded()
@@ -406,43 +365,49 @@ class MeasuredOptimizer(Optimizer):
         Groups are compared by value, so that a step over hundreds of unchanged groups costs
         microseconds; learning rates held in tensors are read anew each time.
         """
-        values = [self._values_of(group) for group in self.param_groups]
-        tensors = any(isinstance(value[0], torch.Tensor) for value in values)
-        if not tensors and values == self._group_values:
+        lrs = list(map(itemgetter("lr"), self.param_groups))
+        values = list(map(self._values_of, self.param_groups))
+        in_tensors = any(isinstance(lr, torch.Tensor) for lr in lrs)
+        if values != self._group_values:
+            options = [self._options(group) for group in self.param_groups]
+            scalars = np.array([self.settings(i)[1] for i in range(len(values))])
+            if options != self._group_options:
+                self._retire_run()
+            self._group_options = options
+        elif in_tensors or lrs != self._group_lrs:  # as schedules do
+            scalars = self._group_scalars.copy()
+            scalars[:, 0] = [_learning_rate(group) for group in self.param_groups]
+        else:
             return False
-        options = [self._options(group) for group in self.param_groups]
-        self._group_scalars = [self._scalars(group) for group in self.param_groups]
-        if options != self._group_options:
-            self._retire_run()
-        self._group_options = options
-        self._group_values = values
+        self._group_scalars, self._group_lrs, self._group_values = scalars, lrs, values
         return True
-
-    def _values_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(map(group.__getitem__, self._group_keys))
 
     def _push_scalars(self, run: _Run) -> None:
         """Bring the table on the device up to date with ``param_groups``; waits for nothing."""
         table = run.layout.scalars
-        rows = torch.tensor(
-            self._group_scalars, dtype=table.dtype, pin_memory=table.device.type == "cuda"
-        )
+        rows = torch.from_numpy(self._group_scalars)
+        if table.device.type == "cuda":
+            rows = rows.pin_memory()
         table.copy_(rows, non_blocking=True)
-        for row, group in zip(table, self.param_groups, strict=True):
-            if isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu":
-                row[SCALARS.index("lr")].copy_(group["lr"])
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+                table[index, 0].copy_(lr)
 
-    def _current_run(self, grads: Sequence[torch.Tensor | None]) -> _Run | None:
-        """The binding of all parameters that have state or a gradient; None if there are none."""
-        params = self._all_params()
+    def _current_run(self) -> tuple[_Run | None, bool]:
+        """The binding of all parameters that have state or a gradient, None if there are none.
+
+        And whether its gradients are ready to be read as they are.
+        """
         run = self._run
-        if run is None or len(run.params) < len(params) or not run.binds(params):
-            active = [
-                p for p, g in zip(params, grads, strict=True) if g is not None or p in self.state
-            ]
-            if run is None or not run.binds(active):
-                return self._bind(active) if active else None
-        return run
+        sight = Sight.UNBOUND if run is None else run.placement.look(self.param_groups)
+        if sight == Sight.UNBOUND:
+            active = [p for p in self._all_params() if p.grad is not None or p in self.state]
+            if not active:
+                return None, False
+            run = self._bind(active)
+            sight = run.placement.look(self.param_groups)
+        return run, sight == Sight.READY
 
     def _bind(self, params: list[torch.Tensor]) -> _Run:
         """Lay out ``params`` for the backend; on an error nothing has changed."""
@@ -554,6 +519,10 @@ class MeasuredOptimizer(Optimizer):
             self._skipped = measured["skipped_steps"]
             self._feature_sums = measured["feature_sums"]
         super().__setstate__(state)
+
+
+def _learning_rate(group: dict[str, Any]) -> float:
+    return number(group, "lr", 0, LARGEST)
 
 
 def _listed(params: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def spoiled(variant: Variant, factor: float) -> Variant:
 
 
 @pytest.mark.parametrize(
-    "name", [v.name for v in VARIANTS if v.ours or (v.name.startswith("torch-"))]
+    "name", [v.name for v in VARIANTS if v.ours or v.name.startswith("torch-")]
 )
 def test_gate_lets_correct_steps_pass(name: str) -> None:
     check(BY_NAME[name], SHAPES, CPU, SETTINGS)
@@ -48,6 +49,14 @@ def test_gate_lets_correct_steps_pass(name: str) -> None:
 def test_gate_refuses_a_wrong_learning_rate(name: str, factor: float) -> None:
     with pytest.raises(GateError, match="is off by"):
         check(spoiled(BY_NAME[name], factor), SHAPES, CPU, SETTINGS)
+
+
+@pytest.mark.parametrize("name", [v.name for v in VARIANTS if v.dtype == torch.bfloat16])
+def test_gate_of_16_bit_parameters(name: str) -> None:
+    """They are rounded in every step, so that only what is further off is seen."""
+    check(BY_NAME[name], SHAPES, CPU, SETTINGS)
+    with pytest.raises(GateError, match="is off by"):
+        check(spoiled(BY_NAME[name], 1.2), SHAPES, CPU, SETTINGS)
 
 
 def test_gate_refuses_missing_clipping() -> None:
@@ -71,6 +80,17 @@ def test_gate_refuses_nan() -> None:
 
     with pytest.raises(GateError, match="off by nan"):
         check(dataclasses.replace(BY_NAME["torch-fused"], build=build), SHAPES, CPU, SETTINGS)
+
+
+def test_the_gpu_check_names_every_file_with_tests_for_a_gpu() -> None:
+    script = (ROOT / "benchmarks/gpu_check.sh").read_text()
+    for_gpus = re.compile(r"mark\.gpu|\bwith_triton\(")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if path != Path(__file__) and for_gpus.search(path.read_text())
+    }
+    assert set(re.findall(r"^  (tests/\S+\.py)$", script, re.MULTILINE)) == found
 
 
 def quick_plan(*variants: Variant) -> run.Plan:

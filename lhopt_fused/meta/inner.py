@@ -16,6 +16,7 @@ from lhopt_fused.adamw import AdamW
 from lhopt_fused.ciao import CIAO
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels import BackendName, get_backend, resolve_backend
+from lhopt_fused.kernels.gradients import Grads, tabulated
 from lhopt_fused.meta.tasks import Split, TaskBatch
 from lhopt_fused.policy import Observation
 from lhopt_fused.types import (
@@ -85,12 +86,15 @@ class InnerRuns:
         for moment in ("exp_avg", "exp_avg_sq"):
             self._state |= {f"{moment}.{n}": torch.zeros_like(x) for n, x in start.items()}
         self._grads = [torch.zeros_like(value) for value in start.values()]
-        self._grad_views = self._per_run(self._grads)
+        self._grad_views: Grads = self._per_run(self._grads)
         layout = self._lay_out(per_run)
         self.scalars = layout.scalars
         self.skipped_steps = layout.skipped_steps
         dtypes = {value.dtype for value in start.values()}
-        self._backend = get_backend(resolve_backend(backend, layout.device, dtypes), layout)
+        name = resolve_backend(backend, layout.device, dtypes)
+        self._backend = get_backend(name, layout)
+        if name != "reference":
+            self._grad_views = tabulated(self._grad_views, layout.params, name)
         self._features = FeatureAccumulator(
             layout, getattr(self._backend, "accumulate_features", None)
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tolerances import FUSED_FEATURES, FUSED_LOGITS, TRAJECTORY, assert_close
@@ -19,6 +20,7 @@ from tolerances import STATISTICS as STATISTICS_TOLERANCE
 from lhopt_fused import _C
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels.cpu import CpuBackend
+from lhopt_fused.kernels.gradients import tabulated
 from lhopt_fused.kernels.reference import ReferenceBackend, is_negative_bits
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
@@ -482,26 +484,25 @@ def test_nothing_to_finish_features_of() -> None:
             backend.accumulate_features(statistics, where)
 
 
-def test_looks_at_gradients_again_when_they_have_moved() -> None:
-    """By place and dtype; what does not fit is refused however often it comes."""
-    layout = make_layout(StepOptions(), shapes=((3,), (0,)), groups=1, signs=False)
-    backend = CpuBackend(layout)
-    memory = torch.ones(3)
-    grads: Grads = [memory, None]
-    assert not backend.knows(grads)
-    backend.step(grads)
-    assert backend.knows(grads)
-    assert backend.knows(list(grads))
-    assert not backend.knows([memory.clone(), None])
-    assert not backend.knows([None, None])
-    assert not backend.knows([memory, torch.ones(0)])
-    assert not backend.knows([memory.view(torch.bfloat16)[:3], None])
-    for _ in range(2):
-        with pytest.raises(ValueError, match="gradient 0 has shape"):
-            backend.step([memory.view(torch.bfloat16), None])
-    before = layout.params[0].clone()
-    backend.step([memory.view(torch.bfloat16)[:3], None])
-    assert not torch.equal(layout.params[0], before)
+def test_takes_tables_of_gradients() -> None:
+    """As lists, and with whatever the arrays say when the step begins."""
+    layout = make_layout(LHOPT)
+    expected = copy.deepcopy(layout)
+    backend, by_lists = CpuBackend(layout), CpuBackend(expected)
+    first = tabulated(make_grads(layout, 0), layout.params, "cpu")
+    assert tabulated(first, layout.params, "cpu") is first
+    table_of_all = replace(first, addresses=first.addresses.copy(), dtypes=first.dtypes.copy())
+    for step in range(4):  # the last one leaves tensors out
+        grads = make_grads(layout, step)
+        found = tabulated(grads, layout.params, "cpu")
+        table_of_all.addresses[:], table_of_all.dtypes[:] = found.addresses, found.dtypes
+        backend.step(table_of_all)
+        by_lists.step(grads)
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        pairs = zip(getattr(layout, name), getattr(expected, name), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+    by_lists.step(make_grads(layout, 4))
+    assert not torch.equal(layout.params[-3], expected.params[-3])
 
 
 def test_keeps_gradient_signs_without_statistics(isa: str) -> None:
@@ -584,7 +585,7 @@ def test_refuses_layouts(name: str, value: object, message: str) -> None:
         ([torch.zeros(3, dtype=torch.float64)], "gradient 0 is torch.float64"),
         ([torch.zeros(4)], r"gradient 0 has shape \(4,\), expected \(3,\)"),
         ([torch.zeros(6)[::2]], r"gradient 0 has strides \(2,\)"),
-        ([torch.zeros(3, device="meta")], "gradient 0 is on meta"),
+        ([torch.zeros(3, device="meta")], "gradient 0 is on meta, its parameter on cpu"),
         ([], "expected 1 gradients, got 0"),
     ],
 )
@@ -652,16 +653,17 @@ def test_the_extension_checks_what_it_is_given() -> None:
     step = _C.Step(**parts, **addresses, masks_nonfinite=False, rounding_seed=None)
     with pytest.raises(ValueError, match="num_threads must be at least 1"):
         step.run(0, 0)
-    odd = torch.zeros(8, dtype=torch.uint8)[1:]
-    for grads, codes, message in (
-        ([], [], "expected 1 gradients"),
-        ([odd], [7], r"dtypes\[0\] is 7"),
-        ([torch.zeros(0)], [0], r"grads\[0\] is null"),
-        ([odd], [1], r"grads\[0\] is not aligned"),
+    for addresses, codes, message in (
+        ([], [], "expected 1 addresses and dtypes of gradients, got 0 and 0"),
+        ([65], [7], r"dtypes\[0\] is 7"),
+        ([64], [-2], r"dtypes\[0\] is -2"),
+        ([0], [0], r"addresses\[0\] is null"),
+        ([65], [1], r"addresses\[0\] is not aligned"),
     ):
         with pytest.raises(ValueError, match=message):
-            step.set_gradients(grads, codes)
-        assert not step.has_gradients(grads)
+            step.set_gradients(np.array(addresses, np.int64), np.array(codes, np.int8))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        step.set_gradients(np.array([64], np.int32), np.array([0], np.int8))
     layout = {"numel": [1], "group_of": [0], "group_clips": [True], "run_of": [0], "num_runs": 1}
     for wrong, message in (
         ({"numel": [-1]}, r"numel\[0\] is negative"),

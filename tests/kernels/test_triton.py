@@ -266,6 +266,36 @@ def test_dtypes(param: torch.dtype, grad: torch.dtype) -> None:
     assert_wrong_run_fails(value, layout, grads, 4)
 
 
+def test_dtypes_mix_in_one_model() -> None:
+    """In one group: a step of each, of parameters and of gradients, beside the others."""
+    layout = make_layout(OPTIONS["max_decoupled_lamb"], ((9, 8), (7,), (5, 5), (16,)))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)
+    layout.params = [p.to(dtype) for p, dtype in zip(layout.params, dtypes, strict=True)]
+
+    def grads(step: int) -> list[torch.Tensor | None]:
+        made = make_grads(layout.params, step)
+        return [g.bfloat16() if i == 3 and g is not None else g for i, g in enumerate(made)]
+
+    value = run(layout, "triton", grads, 4)
+    assert_same_run(value, run(layout, "reference", grads, 4), torch.bfloat16)
+    assert_wrong_run_fails(value, layout, grads, 4)
+
+
+def test_launches_are_as_many_for_many_tensors_and_groups_as_for_two() -> None:
+    """Groups share launches by their options, not by which they are."""
+    from lhopt_fused.kernels.triton_launch import Launch
+
+    def made(options: list[StepOptions]) -> int:
+        shapes, before = ((5, 4),) * len(options), Launch.made
+        layout = make_layout(options, shapes, group_of=range(len(options)))
+        get_backend("triton", to_device(layout))
+        return Launch.made - before
+
+    lhopt, adamw = OPTIONS["lhopt"], OPTIONS["adamw"]
+    assert made([lhopt] * 40) == made([lhopt] * 2)
+    assert made([lhopt, adamw] * 20) == made([lhopt, adamw]) > made([lhopt] * 2)
+
+
 def test_bfloat16_rounds_to_nearest_even() -> None:
     """A step of exactly half a unit in the last place goes to the even neighbour, up and down."""
     ulp = 2.0**-7
