@@ -12,7 +12,9 @@ import torch
 
 from lhopt_fused import _C
 from lhopt_fused.types import (
+    GRADIENT_SUMS,
     GROUP_STATE,
+    PARTIAL_SUMS,
     SCALARS,
     STATISTICS,
     TENSOR_STATE,
@@ -25,7 +27,8 @@ __all__ = ["CpuBackend"]
 
 _DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-if tuple(map(len, (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS))) != _C.TABLE_COLUMNS:
+_TABLES: Final = (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS, GRADIENT_SUMS, PARTIAL_SUMS)
+if tuple(map(len, _TABLES)) != _C.TABLE_COLUMNS:
     raise ImportError(
         "lhopt_fused._C was built for other tables than lhopt_fused.types describes; reinstall "
         "the package to rebuild it"
@@ -81,7 +84,7 @@ class CpuBackend:
             ),
         )
         self._features = _C.InnerFeatures(
-            numel=[param.numel() for param in layout.params],
+            numel=layout.numel,
             group_of=layout.group_of,
             group_clips=[options.clip is not Clip.NONE for options in layout.options],
             run_of=layout.run_of,
@@ -101,15 +104,35 @@ class CpuBackend:
         Raises:
             ValueError: a gradient or ``statistics`` does not fit the layout; nothing was written.
         """
-        if len(grads) != len(self._shapes):
-            raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
         if statistics is not None:
             self._check_statistics(statistics)
+        self._take_gradients(grads)
+        self._step.run(0 if statistics is None else statistics.data_ptr(), torch.get_num_threads())
+
+    def measure_gradients(self, grads: Sequence[torch.Tensor | None], sums: torch.Tensor) -> None:
+        """See :class:`~lhopt_fused.kernels.PhasedBackend`, for this and the other phases."""
+        _check_table(sums, (len(self._shapes), len(GRADIENT_SUMS)), "sums")
+        self._take_gradients(grads)
+        self._step.measure_gradients(sums.data_ptr(), torch.get_num_threads())
+
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        _check_table(sums, (len(self._shapes), len(GRADIENT_SUMS)), "sums")
+        _check_table(partial, (len(self._shapes), len(PARTIAL_SUMS)), "partial")
+        threads = torch.get_num_threads()
+        self._step.update_moments(sums.data_ptr(), partial.data_ptr(), measures, threads)
+
+    def apply(self, partial: torch.Tensor) -> None:
+        _check_table(partial, (len(self._shapes), len(PARTIAL_SUMS)), "partial")
+        self._step.apply(partial.data_ptr(), torch.get_num_threads())
+
+    def _take_gradients(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Hand gradients over that the extension has not seen."""
+        if len(grads) != len(self._shapes):
+            raise ValueError(f"expected {len(self._shapes)} gradients, got {len(grads)}")
         known, self._known = self._known, None
         if known is not grads and not self._step.has_gradients(grads):
             codes = [self._code_of(index, grad) for index, grad in enumerate(grads)]
             self._step.set_gradients(grads, codes)
-        self._step.run(0 if statistics is None else statistics.data_ptr(), torch.get_num_threads())
 
     def knows(self, grads: list[torch.Tensor | None]) -> bool:
         """Whether these gradients are where they were in the last step, and of the same dtype.

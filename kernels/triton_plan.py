@@ -20,7 +20,7 @@ from lhopt_fused.kernels.triton_moments import moments_kernel
 from lhopt_fused.kernels.triton_prepare import prepare_kernel
 from lhopt_fused.types import Clip, Denominator, StepLayout, Trust, WeightDecay
 
-__all__ = ["DTYPES", "DeviceTables", "StepPlan", "uses_trust"]
+__all__ = ["DTYPES", "DeviceTables", "StepPlan"]
 
 DTYPES: Final = {
     torch.float32: tl.float32,
@@ -41,17 +41,10 @@ _GROUP_BLOCKS: Final = (16, 256)  # tensors of a group at a time in the preparin
 _SUM_ROWS: Final = (16, 512)  # rows of partial sums at a time, for few and for many chunks
 
 
-def uses_trust(layout: StepLayout, tensor: int) -> bool:
-    """Whether the step of a tensor is scaled by a trust ratio."""
-    options = layout.options[layout.group_of[tensor]]
-    ignored = options.trust_ignores_vectors and layout.is_vector[tensor]
-    return options.trust is not Trust.NONE and not ignored
-
-
 def _traits(layout: StepLayout, tensor: int) -> int:
     options = layout.options[layout.group_of[tensor]]
     bits = (
-        (tables.USES_TRUST, uses_trust(layout, tensor)),
+        (tables.USES_TRUST, layout.uses_trust(tensor)),
         (tables.DELAYS_TRUST, options.trust is Trust.DELAYED),
         (tables.WARMS_UP, options.radam_warmup),
         (tables.ROOT_DENOMINATOR, options.denominator is Denominator.RMS),
@@ -118,7 +111,7 @@ class DeviceTables:
         )
         seed = [layout.rounding_seed, layout.rounding_seed >> 32]
         self.rounding_seed = integers([(word + 2**31) % 2**32 - 2**31 for word in seed])
-        self.numel = integers([p.numel() for p in layout.params], torch.int64)
+        self.numel = integers(layout.numel, torch.int64)
         self.traits = integers([_traits(layout, tensor) for tensor in range(count)])
         self.group_of = integers(layout.group_of)
         members, membership, run_groups, first_group = _memberships(layout)
@@ -336,7 +329,7 @@ class StepPlan:
 
     def _needs_sums(self, tensors: Sequence[int]) -> bool:
         """Whether a step without statistics needs sums all the same."""
-        return self._layout.masks_nonfinite or any(uses_trust(self._layout, t) for t in tensors)
+        return self._layout.masks_nonfinite or any(self._layout.uses_trust(t) for t in tensors)
 
     def _moments_launches(self, measured: bool) -> list[Launch]:
         layout = self._layout
@@ -399,7 +392,7 @@ class StepPlan:
                 launches += self._chunk_launches(
                     apply_kernel,
                     self._chunks,
-                    [t for t in members if uses_trust(layout, t) and self._trust(t) is kind],
+                    [t for t in members if layout.uses_trust(t) and self._trust(t) is kind],
                     (_CHUNKS, device.waits, len(self._tensors), *self._pass_args),
                     {
                         **bucket.constants(),

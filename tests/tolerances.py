@@ -42,6 +42,12 @@ STATISTICS: Final = {
     torch.bfloat16: Tolerance(2e-6),
     torch.float16: Tolerance(2e-6),
 }
+SHARDED: Final = {
+    # a run over pieces against the whole, relative to the largest number of a tensor or statistic:
+    # sums add up in another order, and the tails of vectors are elsewhere
+    "reference": Tolerance(1e-14),
+    "cpu": Tolerance(2e-6, absolute=1e-7),
+}
 FUSED_FEATURES: Final = Tolerance(1e-12, absolute=1e-12)
 # means of features in float64 in another order; relative to the feature
 FUSED_LOGITS: Final = Tolerance(0.0, absolute=1e-7)
