@@ -613,8 +613,9 @@ class MeasuredOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under ``"lhopt_fused"`` what the optimizer has measured so far.
 
-        Where parameters are sharded, so is their state, and every rank must call this. Everything is tensors and plain values: ``torch.load(weights_only=True)`` reads it. A run
-        resumed from it is bit-identical to one that never stopped.
+        Where parameters are sharded, so is their state, and every rank must call this. It is all
+        tensors and plain values: ``torch.load(weights_only=True)`` reads it. A run resumed from it
+        is bit-identical to one that never stopped.
         """
         self._settle()
         saved = super().state_dict()

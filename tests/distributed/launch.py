@@ -33,47 +33,51 @@ def run_ranks(
     Raises:
         RuntimeError: a rank failed or died; with its traceback.
     """
-    outcomes = start_ranks(function, ranks, *args, patience=patience)()
+    outcomes = Launched(function, ranks, *args, patience=patience).outcomes()
     failed = [
-        f"rank {rank}: {text}" for rank, (is_good, text) in enumerate(outcomes) if not is_good
+        f"rank {rank}: {said}" for rank, (is_good, said) in enumerate(outcomes) if not is_good
     ]
     if failed:
         raise RuntimeError("\n".join(failed))
     return [value for _, value in outcomes]
 
 
-def start_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, patience: float = 60.0
-) -> Callable[[], list[tuple[bool, Any]]]:
-    """Start ``function`` on each rank; the result waits for them.
+class Launched:
+    """``function`` at work on each rank; the arguments are those of :func:`run_ranks`."""
 
-    It returns for each rank whether all went well, and what it returned or what went wrong.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    folder = tempfile.TemporaryDirectory()
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-    processes = [
-        context.Process(
-            target=_rank,
-            args=(function, rank, ranks, str(Path(folder.name) / "store"), patience, pipe[1], args),
-            daemon=True,
-        )
-        for rank, pipe in enumerate(pipes)
-    ]
-    for process, (_, writer) in zip(processes, pipes, strict=True):
-        process.start()
-        writer.close()
+    def __init__(
+        self, function: Callable[..., Any], ranks: int, *args: Any, patience: float = 60.0
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        self._readers = [reader for reader, _ in pipes]
+        self._processes = [
+            context.Process(
+                target=_rank,
+                args=(function, rank, ranks, store, patience, writer, args),
+                daemon=True,
+            )
+            for rank, (_, writer) in enumerate(pipes)
+        ]
+        for process, (_, writer) in zip(self._processes, pipes, strict=True):
+            process.start()
+            writer.close()
 
-    def wait() -> list[tuple[bool, Any]]:
-        outcomes = [_outcome(reader) for reader, _ in pipes]
-        for process in processes:
+    def kill(self, rank: int) -> None:
+        """With SIGKILL, whatever it is doing."""
+        self._processes[rank].kill()
+
+    def outcomes(self) -> list[tuple[bool, Any]]:
+        """Wait; for each rank, whether all went well, and what it returned or what went wrong."""
+        outcomes = [_outcome(reader) for reader in self._readers]
+        for process in self._processes:
             process.join(10)
             process.kill()
-        folder.cleanup()
+        self._folder.cleanup()
         return outcomes
-
-    return wait
 
 
 def _outcome(reader: Connection) -> tuple[bool, Any]:
@@ -107,8 +111,5 @@ def _rank(
         )
         # by value: what multiprocessing shares goes with the process
         writer.send_bytes(pickle.dumps((True, function(rank, ranks, *args))))
-        dist.barrier()
-        dist.destroy_process_group()
     except BaseException:
         writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        raise
