@@ -199,8 +199,7 @@ void Step::Run(const std::vector<Gradient>& gradients, double* statistics, int n
   CountSkips();
 }
 
-void Step::MeasureGradients(const std::vector<Gradient>& gradients, double* sums,
-                            int num_threads) {
+void Step::MeasureGradients(const std::vector<Gradient>& gradients, double* sums, int num_threads) {
   statistics_ = nullptr;
   whole_sums_ = nullptr;
   Begin(gradients, true);

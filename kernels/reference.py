@@ -314,7 +314,7 @@ class ReferenceBackend:
             skipped = layout.run_of[group] in runs and not layout.masks_nonfinite
             if self._grads[index] is not None and not skipped:
                 members.setdefault(group, []).append(index)
-        steps = {}
+        steps: dict[int, _TensorStep] = {}
         for group, indices in sorted(members.items()):
             scalars = dict(zip(SCALARS, layout.scalars[group].tolist(), strict=True))
             norm = math.sqrt(sum(measured[index]["sum_sq"] for index in indices))

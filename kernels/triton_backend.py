@@ -18,7 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lhopt_fused.types import BackendUnavailableError, StepLayout
+from lhopt_fused.types import (
+    GRADIENT_SUMS,
+    PARTIAL_SUMS,
+    BackendUnavailableError,
+    StepLayout,
+)
 
 try:
     import triton  # noqa: F401
@@ -38,13 +43,21 @@ from lhopt_fused.kernels.triton_features import (
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
 from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, Signature, StepPlan
-from lhopt_fused.kernels.triton_tables import A_SIGNS
+from lhopt_fused.kernels.triton_tables import (
+    A_SIGNS,
+    C_DECAY,
+    C_STEP_SIZE,
+    W_GRAD_SQ,
+    W_NONFINITE,
+)
 
 __all__ = ["TritonBackend", "check_layout"]
 
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT: Final = 16  # bytes of the widest access
 _data_ptr: Final[Callable[[Any], int]] = torch.Tensor.data_ptr
+_WHOLE: Final = [GRADIENT_SUMS.index(name) for name in ("nonfinite", "sum_sq")]
+_OF_GRADIENT: Final = [W_NONFINITE.value, W_GRAD_SQ.value]
 _FEATURE_BLOCK: Final = 64  # tensors, or groups, at a time
 
 
@@ -81,7 +94,7 @@ class TritonBackend:
             arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
             self._known: Sequence[torch.Tensor | None] | None = None
-            self._plans: dict[Signature, StepPlan] = {}
+            self._plans: dict[tuple[Signature, bool], StepPlan] = {}
             self._plan = self._plan_for(
                 Signature(
                     tuple(param.dtype for param in layout.params),
@@ -102,21 +115,61 @@ class TritonBackend:
     def step(
         self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None = None
     ) -> None:
-        known, self._known = self._known, None
         with self._on_device:
-            if known is not grads and not self._pointers.are(grads):
-                pointers = _addresses(grads)
-                self._plan = self._plan_for(self._signature(grads, pointers))
-                self._pointers.see(grads, pointers)
-            self._pointers.upload()
+            self._take_gradients(grads, in_phases=False)
             measured = statistics is not None
-            for launch in self._plan.before[measured]:
+            for launch in (*self._plan.norms, *self._plan.before[measured]):
                 launch()
             finalize = self._plan.finalize[measured]
             if finalize is not None:
                 finalize(self._tables.unused_statistics if statistics is None else statistics)
             for launch in self._plan.after:
                 launch()
+
+    @torch.no_grad()
+    def measure_gradients(self, grads: Sequence[torch.Tensor | None], sums: torch.Tensor) -> None:
+        """See :class:`~lhopt_fused.kernels.PhasedBackend`, for this and the other phases."""
+        with self._on_device:
+            self._take_gradients(grads, in_phases=True)
+            for launch in self._plan.norms:
+                launch()
+            sums[:, GRADIENT_SUMS.index("present")] = self._tables.grads != 0
+            sums[:, _WHOLE] = self._tables.work[:, _OF_GRADIENT]
+
+    @torch.no_grad()
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        with self._on_device:
+            local = self._tables.work[:, W_GRAD_SQ.value].clone()
+            self._tables.work[:, _OF_GRADIENT] = sums[:, _WHOLE]
+            for launch in self._plan.before[measures]:
+                launch()
+            finalize = self._plan.finalize[measures]
+            assert finalize is not None
+            finalize(self._tables.partial)
+            partial.copy_(self._tables.partial)
+            # the gradient pass knows it without overflow
+            clip = partial[:, PARTIAL_SUMS.index("clip_coefficient")]
+            partial[:, PARTIAL_SUMS.index("grad_sq")] = clip * clip * local
+
+    @torch.no_grad()
+    def apply(self, partial: torch.Tensor) -> None:
+        with self._on_device:
+            for column, name in ((C_STEP_SIZE, "step_size"), (C_DECAY, "decay_factor")):
+                self._tables.coefficients[:, column.value] = partial[:, PARTIAL_SUMS.index(name)]
+            for launch in self._plan.after:
+                launch()
+            column = PARTIAL_SUMS.index("new_param_sq")
+            partial[:, column] = self._tables.partial[:, column]
+
+    def _take_gradients(self, grads: Sequence[torch.Tensor | None], *, in_phases: bool) -> None:
+        """Choose the plan for these gradients, and bring their addresses to the device."""
+        known, self._known = self._known, None
+        if known is not grads and not self._pointers.are(grads):
+            pointers = _addresses(grads)
+            self._plan = self._plan_for(self._signature(grads, pointers), in_phases)
+            self._pointers.see(grads, pointers)
+        self._plan = self._plan_for(self._plan.signature, in_phases)
+        self._pointers.upload()
 
     def accumulate_features(self, statistics: torch.Tensor, sums: torch.Tensor) -> None:
         """Add the mean features of one step to ``sums``, on the device.
@@ -172,13 +225,14 @@ class TritonBackend:
         aligned = np.where(pointers == 0, before.is_aligned, aligned)
         return Signature(dtypes, tuple(aligned.tolist()))
 
-    def _plan_for(self, signature: Signature) -> StepPlan:
+    def _plan_for(self, signature: Signature, in_phases: bool = False) -> StepPlan:
         """The launches for gradients of this signature; compiles where it is new.
 
         Raises:
             ValueError: a gradient is of a dtype that this backend does not read.
         """
-        if signature not in self._plans:
+        key = signature, in_phases
+        if key not in self._plans:
             for index, dtype in enumerate(signature.grad_dtypes):
                 if dtype not in DTYPES:
                     raise ValueError(
@@ -186,8 +240,8 @@ class TritonBackend:
                         "and float16: cast it, or choose backend='reference'"
                     )
             with self._compiling("a step"):
-                self._plans[signature] = StepPlan(self.layout, self._tables, signature)
-        return self._plans[signature]
+                self._plans[key] = StepPlan(self.layout, self._tables, signature, in_phases)
+        return self._plans[key]
 
 
 class _GradPointers:

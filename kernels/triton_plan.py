@@ -123,6 +123,7 @@ class DeviceTables:
         self.coefficients = torch.zeros(count, tables.COEFFICIENT_COLUMNS.value).to(device)
         self.waits = torch.zeros(count, dtype=torch.int32, device=device)
         self.seen = torch.zeros(len(layout.skipped_steps), dtype=torch.int32, device=device)
+        self.partial = self.work.new_zeros(count, tables.PARTIAL_COLUMNS.value)
         shape = count, tables.STATISTICS_COLUMNS.value
         self.unused_statistics = torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -176,14 +177,24 @@ class Signature(NamedTuple):
 class StepPlan:
     """The launches of a step, in order, for gradients of one signature.
 
+    In phases, where tensors are pieces of larger ones, ``finalize`` leaves ``DeviceTables.partial``
+    and the launches before it are of two kinds.
+
     Attributes:
-        before: launches up to the moments, by whether statistics are taken.
+        norms: launches of the gradient pass.
+        before: launches from there up to the moments, by whether statistics are taken.
         finalize: sums, trust ratios and statistics, likewise; called with the statistics table.
         after: launches that apply deferred updates.
     """
 
-    def __init__(self, layout: StepLayout, device: DeviceTables, signature: Signature) -> None:
-        self.signature = signature
+    def __init__(
+        self,
+        layout: StepLayout,
+        device: DeviceTables,
+        signature: Signature,
+        in_phases: bool = False,
+    ) -> None:
+        self.signature, self._in_phases = signature, in_phases
         self._layout, self._tables = layout, device
         self._tensors = range(len(layout.params))
         self._vectors = [self._vector(tensor) for tensor in self._tensors]
@@ -201,9 +212,9 @@ class StepPlan:
             self._partials,
         )
 
-        norms = [*self._norm_launches(), self._prepare_launch()]
+        self.norms, prepare = self._norm_launches(), self._prepare_launch()
         self.before = {
-            measured: [*norms, *self._moments_launches(measured)] for measured in (False, True)
+            measured: [prepare, *self._moments_launches(measured)] for measured in (False, True)
         }
         self.finalize = {measured: self._finalize_launch(measured) for measured in (False, True)}
         self.after = self._apply_launches()
@@ -278,7 +289,8 @@ class StepPlan:
         include = [
             tensor
             for tensor in self._tensors
-            if not layout.masks_nonfinite
+            if self._in_phases
+            or not layout.masks_nonfinite
             or layout.options[layout.group_of[tensor]].clip is not Clip.NONE
         ]
         if not include:
@@ -329,7 +341,8 @@ class StepPlan:
 
     def _needs_sums(self, tensors: Sequence[int]) -> bool:
         """Whether a step without statistics needs sums all the same."""
-        return self._layout.masks_nonfinite or any(self._layout.uses_trust(t) for t in tensors)
+        always = self._in_phases or self._layout.masks_nonfinite
+        return always or any(self._layout.uses_trust(t) for t in tensors)
 
     def _moments_launches(self, measured: bool) -> list[Launch]:
         layout = self._layout
@@ -371,6 +384,7 @@ class StepPlan:
         rows, warps = _sums(self._chunks)
         constants = {
             "SKIPS": not layout.masks_nonfinite,
+            "PHASES": self._in_phases,
             "COLUMNS": 16 if measured else 4,
             **rows,
         }
@@ -379,7 +393,7 @@ class StepPlan:
             len(self._tensors),
             args,
             constants,
-            example=(device.unused_statistics,),
+            example=(device.partial if self._in_phases else device.unused_statistics,),
             num_warps=warps,
         )
 
@@ -398,16 +412,20 @@ class StepPlan:
                         **bucket.constants(),
                         "MASKS": layout.masks_nonfinite,
                         "DELAYED": kind is Trust.DELAYED,
+                        "KEEPS_NORM": self._in_phases or kind is Trust.DELAYED,
                     },
                     _STEP_ELEMENTS,
                     programs,
                 )
-        if any(options.trust is Trust.DELAYED for options in layout.options):
+        delays = any(options.trust is Trust.DELAYED for options in layout.options)
+        if delays or (launches and self._in_phases):
             first_row = torch.from_numpy(self._chunks.first_row).to(layout.device)
-            inputs = first_row, device.traits, self._partials, device.work, layout.tensor_state
+            state = device.work, layout.tensor_state, device.partial
+            inputs = first_row, device.traits, self._partials, *state
             rows, warps = _sums(self._chunks)
+            constants = {"PHASES": self._in_phases, **rows}
             launches.append(
-                Launch(param_norm_kernel, len(self._tensors), inputs, rows, num_warps=warps)
+                Launch(param_norm_kernel, len(self._tensors), inputs, constants, num_warps=warps)
             )
         return launches
 

@@ -55,8 +55,8 @@ class LHOPT(CIAO):
             optimizer.step()
             optimizer.zero_grad()
 
-    Under DDP and FSDP2 every rank takes the same decision, from the losses of all ranks, and checked
-    to be the same bit for bit; every rank has to do the same steps.
+    Under DDP and FSDP2 every rank takes the same decision, from the losses of all ranks, which is
+    checked to be the same bit for bit; every rank has to do the same steps.
 
     Args:
         params: parameters or param groups. Every group's hyperparameters are moved alike; those

@@ -42,36 +42,34 @@ def to_the_end(rank: int, ranks: int, folder: str) -> str:
     return bits
 
 
-def survive(kills: int, seed: int) -> tuple[int, set[str]]:
+def survive(kills: int, seed: int) -> tuple[int, bool]:
     """Run until that many kills have hit a run at work.
 
     Returns:
-        The number of runs that have ended, and the bits that they have reached.
+        The number of runs that have ended, and whether all of them have reached the bits of one
+        that nothing happened to.
     """
-    chance = random.Random(seed)
-    ended: list[str] = []
-    done, longest = 0, 4.0
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        expected = set(run_ranks(to_the_end, RANKS, folder))
+    longest = time.monotonic() - start
+    chance, ended, done = random.Random(seed), [], 0
     while done < kills or not ended:
         with tempfile.TemporaryDirectory() as folder:
-            while True:
-                start = time.monotonic()
+            outcomes: list[tuple[bool, str]] = []
+            while not outcomes or not all(is_good for is_good, _ in outcomes):
                 launched = Launched(to_the_end, RANKS, folder)
                 if done < kills:
                     time.sleep(chance.uniform(0.0, longest))
                     launched.kill(chance.randrange(RANKS))
                 outcomes = launched.outcomes()
-                if all(is_good for is_good, _ in outcomes):
-                    ended += [bits for _, bits in outcomes]
-                    longest = time.monotonic() - start
-                    break
-                done += 1
-    return len(ended) // RANKS, set(ended)
+                done += any(not is_good for is_good, _ in outcomes)
+            ended += [bits for _, bits in outcomes]
+    return len(ended) // RANKS, set(ended) == expected
 
 
 if __name__ == "__main__":
     KILLS = int(sys.argv[1])
-    with tempfile.TemporaryDirectory() as undisturbed:
-        expected = set(run_ranks(to_the_end, RANKS, undisturbed))
-    runs, found = survive(KILLS, seed=0)
-    print(f"{KILLS} kills, {runs} runs to the end, all bits equal: {found == expected}")
-    sys.exit(found != expected)
+    RUNS, ARE_EQUAL = survive(KILLS, seed=0)
+    print(f"{KILLS} kills, {RUNS} runs to the end, all bits as in a run without: {ARE_EQUAL}")
+    sys.exit(not ARE_EQUAL)

@@ -66,9 +66,10 @@ class Launched:
             process.start()
             writer.close()
 
-    def kill(self, rank: int) -> None:
-        """With SIGKILL, whatever it is doing."""
-        self._processes[rank].kill()
+    def kill(self, first: int) -> None:
+        """With SIGKILL, whatever they are doing: one rank, then the others."""
+        for process in (self._processes[first], *self._processes):
+            process.kill()
 
     def outcomes(self) -> list[tuple[bool, Any]]:
         """Wait; for each rank, whether all went well, and what it returned or what went wrong."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.kills import RANKS, survive, to_the_end
+from distributed.kills import survive
 from distributed.launch import Launched, run_ranks
 from distributed.training import STEPS, decisions, disagreements, leg, one_dies, refusals
 from tolerances import SHARDED_RUN, assert_close
@@ -76,10 +75,10 @@ def test_resumes_bit_identical_on_as_many_ranks(legs: dict[str, Any]) -> None:
     assert legs["resumed"][1]["bits"] != legs["on 2"][1]["bits"]
 
 
-def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
-    expected = set(run_ranks(to_the_end, RANKS, str(tmp_path)))
-    _, found = survive(3, seed=1)
-    assert found == expected
+def test_killed_runs_end_bit_identical() -> None:
+    ended, are_equal = survive(3, seed=1)
+    assert ended >= 1
+    assert are_equal
 
 
 # ------------------------------------------------------------------ what can go wrong
