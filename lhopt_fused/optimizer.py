@@ -293,6 +293,7 @@ class MeasuredOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # compiled loops call it as it is, as they do torch's zero_grad
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one inner step with the gradients at hand.
 

@@ -47,6 +47,7 @@ SHARDED: Final = {
     # sums add up in another order, and the tails of vectors are elsewhere
     "reference": Tolerance(1e-14),
     "cpu": Tolerance(2e-6, absolute=1e-7),
+    "triton": Tolerance(4e-6, absolute=1e-7),
 }
 SHARDED_RUN: Final = Tolerance(1e-5)
 # a training run on several ranks against one on another number of them, relative to the largest

@@ -93,13 +93,18 @@ class Twins:
 
 
 def trajectory(
-    rank: int, ranks: int, layout: Callable[[int], list[Any]], name: str, **keywords: Any
+    rank: int,
+    ranks: int,
+    layout: Callable[[int], list[Any]],
+    name: str,
+    steps: int = STEPS,
+    **keywords: Any,
 ) -> dict[str, Any]:
-    """Both runs of :data:`STEPS` steps; what each has reached, pieces first."""
+    """Both runs of so many steps; what each has reached, pieces first."""
     twins = Twins(layout(ranks), CIAO_OPTIONS[name], **keywords)
-    for step in range(STEPS - 2):
+    for step in range(steps - 2):
         twins.step(step)
-    messages = [twins.messages(step) for step in range(STEPS - 2, STEPS)]
+    messages = [twins.messages(step) for step in range(steps - 2, steps)]
     both = twins.optimizer, twins.alone
     statistics = [{k: v.clone() for k, v in o.statistics().items()} for o in both]
     reached = [whole(p) for p in twins.sharded], [whole(p) for p in twins.single]
@@ -128,6 +133,12 @@ def bits(tensors: Sequence[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def triton_trajectory(rank: int, ranks: int, name: str, nonfinite: str) -> dict[str, Any]:
+    """A few steps in Triton's interpreter, which is slow."""
+    keywords = {"backend": "triton", "nonfinite": nonfinite, "steps": 3}
+    return trajectory(rank, ranks, sharded_by_rows, name, **keywords)
 
 
 def trajectories(rank: int, ranks: int) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from cases import CIAO_OPTIONS
 from distributed.launch import run_ranks
 from distributed.runs import CASES, trajectories
-from tolerances import SHARDED, assert_close
+from distributed.same import assert_same
 
 Found = dict[tuple[str, str, str], dict[str, Any]]
 
@@ -20,26 +19,6 @@ LAYOUTS = [(2, "sharded_by_rows"), (4, "sharded_by_rows"), (4, "sharded_in_many_
 def found() -> dict[int, list[Found]]:
     """By number of ranks, what each rank has found."""
     return {ranks: run_ranks(trajectories, ranks) for ranks in (2, 4)}
-
-
-def assert_same(outcome: dict[str, Any], backend: str) -> None:
-    """Pieces and whole tensors have reached the same, to the rounding of sums."""
-    tolerance = SHARDED[backend]
-    for name in ("params", "moments"):
-        for value, expected in zip(*outcome[name], strict=True):
-            scale = expected.abs().max() if expected.numel() else 0.0
-            assert_close(value, expected, tolerance, scale)
-    statistics, expected = outcome["statistics"]
-    for name in expected:
-        scale = expected[name].abs().nan_to_num().max()
-        assert_close(statistics[name], expected[name], tolerance, scale)
-    for name in ("norms", "features"):
-        value, expected = outcome[name]
-        if isinstance(expected, dict):
-            value, expected = ([x[k] for k in sorted(x)] for x in (value, expected))
-        expected = torch.tensor(expected, dtype=torch.float64)
-        scale = expected.abs().nan_to_num().clamp_min(1.0)
-        assert_close(torch.tensor(value, dtype=torch.float64), expected, tolerance, scale)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
