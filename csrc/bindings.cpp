@@ -165,20 +165,47 @@ class PyStep {
   }
 
   void Run(uintptr_t statistics, int num_threads) {
-    Require(num_threads >= 1, "num_threads must be at least 1, got " + std::to_string(num_threads));
     double* const table = Pointer<double>(statistics, "statistics");
-    CheckIdle();
-    running_ = true;
-    {
-      const py::gil_scoped_release release;
-      step_->Run(gradients_, table, num_threads);
-    }
-    running_ = false;
+    RunAlone(num_threads, [&] { step_->Run(gradients_, table, num_threads); });
+    phase_ = 0;
+  }
+
+  void MeasureGradients(uintptr_t sums, int num_threads) {
+    double* const table = RequiredPointer<double>(sums, "sums");
+    RunAlone(num_threads, [&] { step_->MeasureGradients(gradients_, table, num_threads); });
+    phase_ = 1;
+  }
+
+  void UpdateMoments(uintptr_t sums, uintptr_t partial, bool measures, int num_threads) {
+    Require(phase_ == 1, "update_moments comes after measure_gradients");
+    const double* const whole = RequiredPointer<double>(sums, "sums");
+    double* const table = RequiredPointer<double>(partial, "partial");
+    RunAlone(num_threads, [&] { step_->UpdateMoments(whole, table, measures, num_threads); });
+    phase_ = 2;
+  }
+
+  void Apply(uintptr_t partial, int num_threads) {
+    Require(phase_ == 2, "apply comes after update_moments");
+    double* const table = RequiredPointer<double>(partial, "partial");
+    RunAlone(num_threads, [&] { step_->Apply(table, num_threads); });
+    phase_ = 0;
   }
 
   std::string isa() const { return step_->isa(); }
 
  private:
+  template <class Work>
+  void RunAlone(int num_threads, const Work& work) {
+    Require(num_threads >= 1, "num_threads must be at least 1, got " + std::to_string(num_threads));
+    CheckIdle();
+    running_ = true;
+    {
+      const py::gil_scoped_release release;
+      work();
+    }
+    running_ = false;
+  }
+
   void CheckIdle() const {
     if (running_) throw std::runtime_error("this step is already running in another thread");
   }
@@ -196,6 +223,7 @@ class PyStep {
   std::vector<Gradient> gradients_;  // none at first
   std::unique_ptr<Step> step_;
   bool running_ = false;  // guarded by the GIL
+  int phase_ = 0;         // how many of the phases of a step have been done
 };
 
 class PyInnerFeatures {
@@ -254,6 +282,10 @@ void BindStep(py::module_& m) {
       .def("set_gradients", &PyStep::SetGradients, py::arg("addresses").noconvert(),
            py::arg("dtypes").noconvert())
       .def("run", &PyStep::Run, py::arg("statistics"), py::arg("num_threads"))
+      .def("measure_gradients", &PyStep::MeasureGradients, py::arg("sums"), py::arg("num_threads"))
+      .def("update_moments", &PyStep::UpdateMoments, py::arg("sums"), py::arg("partial"),
+           py::arg("measures"), py::arg("num_threads"))
+      .def("apply", &PyStep::Apply, py::arg("partial"), py::arg("num_threads"))
       .def_property_readonly("isa", &PyStep::isa);
   m.def("available_isas", &AvailableIsas, "Instruction sets of this processor, fastest first.");
   m.def(
@@ -261,7 +293,8 @@ void BindStep(py::module_& m) {
       "The instruction set of steps built now: LHOPT_CPU_ISA, or else the fastest.");
   m.attr("TABLE_COLUMNS") =
       py::make_tuple(static_cast<int>(kNumScalars), static_cast<int>(kNumGroupState),
-                     static_cast<int>(kNumTensorState), static_cast<int>(kNumStatistics));
+                     static_cast<int>(kNumTensorState), static_cast<int>(kNumStatistics),
+                     static_cast<int>(kNumGradientSums), static_cast<int>(kNumPartialSums));
 }
 
 }  // namespace

@@ -65,6 +65,11 @@ enum StatisticColumn {
   kNumStatistics
 };
 
+// What a piece of a tensor adds to its statistics: their columns, and one more.
+enum PartialSumColumn { kNewParamSq = kNumStatistics, kNumPartialSums };
+
+enum GradientSumColumn { kPresent, kNonfinite, kSumSq, kNumGradientSums };
+
 // Options of a group; values as in types.py.
 enum class WeightDecay : uint8_t { kDecoupled, kInUpdate };
 enum class Clip : uint8_t { kNone, kNorm, kRollingMax, kZScore };

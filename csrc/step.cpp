@@ -120,7 +120,8 @@ void Step::PlanGradientTickets() {
 }
 
 // Buckets of neighbouring tensors. The apply tickets of a bucket come a little into the moments
-// of the next one, so that no thread has to wait for another's last chunk.
+// of the next one, so that no thread has to wait for another's last chunk. In phases, they all come
+// last.
 void Step::PlanMomentsTickets() {
   constexpr int kLag = 4;  // tickets
   const int64_t bucket_elements = BucketBytes() / kBytesPerElement;
@@ -139,23 +140,24 @@ void Step::PlanMomentsTickets() {
     }
     lag = kLag;
     ForTickets(first, end, [&](int32_t first_chunk, int32_t end_chunk) {
-      if (lag-- == 0) flush();
+      if (lag-- == 0 && !in_phases_) flush();
       tickets_.push_back({Ticket::kMoments, first_chunk, end_chunk});
     });
-    flush();
+    if (!in_phases_) flush();
     for (int32_t t = end; t-- > first;) {
-      if (modes_[t] != Mode::kTwoPass || tensors_[t].num_chunks() == 1) continue;
+      if (modes_[t] != Mode::kTwoPass || (tensors_[t].num_chunks() == 1 && !in_phases_)) continue;
       for (int32_t chunk = tensors_[t].end_chunk; chunk-- > tensors_[t].first_chunk;) {
         waiting.push_back({Ticket::kApply, chunk, chunk + 1});
       }
     }
     first = end;
   }
+  num_early_tickets_ = tickets_.size();
   flush();
 }
 
 bool Step::NeedsGradientPass(int32_t tensor) const {
-  return !masks_nonfinite_ || OptionsOf(tensor).clip != Clip::kNone;
+  return in_phases_ || !masks_nonfinite_ || OptionsOf(tensor).clip != Clip::kNone;
 }
 
 bool Step::UsesTrust(int32_t tensor) const {
@@ -186,23 +188,61 @@ Slice Step::SliceOf(const Chunk& chunk) const {
 // ---- Running a step ----
 
 void Step::Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads) {
-  Begin(gradients, statistics);
-  int64_t elements = 0;
-  for (size_t t = 0; t < specs_.size(); ++t) {
-    if (modes_[t] != Mode::kAbsent) elements += specs_[t].size;
-  }
-  const int64_t useful_threads = 1 + elements / kElementsPerThread;
-  ThreadPool::Instance().Run(static_cast<int>(std::min<int64_t>(num_threads, useful_threads)),
-                             [this] { Work(); });
+  statistics_ = statistics;
+  whole_sums_ = nullptr;
+  partial_ = nullptr;
+  Begin(gradients, false);
+  if (statistics != nullptr) std::fill_n(statistics, specs_.size() * kNumStatistics, 0.0);
+  if (num_gradient_tickets_ == 0) Prepare();
+  RunTickets(0, tickets_.size(), num_threads);
   if (masks_nonfinite_) FindNonfinite();
   CountSkips();
 }
 
-void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
-  statistics_ = statistics;
+void Step::MeasureGradients(const std::vector<Gradient>& gradients, double* sums, int num_threads) {
+  statistics_ = nullptr;
+  whole_sums_ = nullptr;
+  Begin(gradients, true);
+  RunTickets(0, num_gradient_tickets_, num_threads);
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const auto t = static_cast<int32_t>(i);
+    double* const row = sums + i * kNumGradientSums;
+    std::fill_n(row, static_cast<int>(kNumGradientSums), 0.0);
+    if (modes_[t] == Mode::kAbsent) continue;
+    row[kPresent] = 1.0;
+    row[kNonfinite] = HasNonfinite(t) ? 1.0 : 0.0;
+    row[kSumSq] = GradientSumSq(t);
+  }
+}
+
+void Step::UpdateMoments(const double* sums, double* partial, bool measures, int num_threads) {
+  whole_sums_ = sums;
+  partial_ = partial;
+  std::fill_n(partial, specs_.size() * kNumPartialSums, 0.0);
+  for (size_t t = 0; t < specs_.size(); ++t) tensors_[t].variant.statistics = measures;
+  Prepare();
+  RunTickets(num_gradient_tickets_, num_early_tickets_, num_threads);
+  CountSkips();
+}
+
+void Step::Apply(double* partial, int num_threads) {
+  partial_ = partial;
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const auto t = static_cast<int32_t>(i);
+    if (modes_[t] != Mode::kTwoPass || !TakesPart(t)) continue;
+    const double* const row = partial + i * kNumPartialSums;
+    tensors_[t].coefficients.step_size = static_cast<float>(row[kStepSize]);
+    tensors_[t].coefficients.decay_factor = static_cast<float>(row[kDecayFactor]);
+    tensors_[t].step_size_known.store(true, std::memory_order_relaxed);
+  }
+  RunTickets(num_early_tickets_, tickets_.size(), num_threads);
+}
+
+void Step::Begin(const std::vector<Gradient>& gradients, bool in_phases) {
   std::fill(run_is_bad_.begin(), run_is_bad_.end(), 0);
   std::fill(run_skips_.begin(), run_skips_.end(), 0);
-  bool replan = modes_.empty();
+  bool replan = modes_.empty() || in_phases != in_phases_;
+  in_phases_ = in_phases;
   modes_.resize(specs_.size());
   for (size_t i = 0; i < specs_.size(); ++i) {
     const auto t = static_cast<int32_t>(i);
@@ -210,7 +250,7 @@ void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
     tensor.gradient = gradients[t];
     tensor.first_step = StateOf(t)[kStep] == 0;
     tensor.variant = {WeightsType(t), tensor.gradient.dtype, OptionsOf(t).denominator,
-                      statistics != nullptr};
+                      statistics_ != nullptr};
     tensor.chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
     tensor.apply_chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
     tensor.step_size_known.store(false, std::memory_order_relaxed);
@@ -219,17 +259,26 @@ void Step::Begin(const std::vector<Gradient>& gradients, double* statistics) {
     modes_[t] = mode;
   }
   if (replan) PlanTickets();
-  if (statistics != nullptr) std::fill_n(statistics, specs_.size() * kNumStatistics, 0.0);
-  next_ticket_.store(0, std::memory_order_relaxed);
   gradient_tickets_left_.store(num_gradient_tickets_, std::memory_order_relaxed);
   prepared_.store(false, std::memory_order_relaxed);
-  if (num_gradient_tickets_ == 0) Prepare();
+}
+
+void Step::RunTickets(size_t first, size_t end, int num_threads) {
+  int64_t elements = 0;
+  for (size_t t = 0; t < specs_.size(); ++t) {
+    if (modes_[t] != Mode::kAbsent) elements += specs_[t].size;
+  }
+  const int64_t useful_threads = 1 + elements / kElementsPerThread;
+  next_ticket_.store(first, std::memory_order_relaxed);
+  end_ticket_ = end;
+  ThreadPool::Instance().Run(static_cast<int>(std::min<int64_t>(num_threads, useful_threads)),
+                             [this] { Work(); });
 }
 
 void Step::Work() {
   for (;;) {
     const size_t index = next_ticket_.fetch_add(1, std::memory_order_relaxed);
-    if (index >= tickets_.size()) return;
+    if (index >= end_ticket_) return;
     const Ticket& ticket = tickets_[index];
     if (ticket.kind == Ticket::kGradient) {
       RunGradientTicket(ticket);
@@ -251,16 +300,15 @@ void Step::RunGradientTicket(const Ticket& ticket) {
     gradient_sums_[i] =
         SumGradient(kernels_, tensors_[chunk.tensor].gradient.dtype, slice.grad, slice.size);
   }
-  if (gradient_tickets_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) Prepare();
+  const bool is_last = gradient_tickets_left_.fetch_sub(1, std::memory_order_acq_rel) == 1;
+  if (is_last && !in_phases_) Prepare();
 }
 
 // ---- Between the passes: one thread, everything that is per tensor or per group ----
 
 void Step::Prepare() {
-  if (!masks_nonfinite_) {
-    FindNonfinite();
-    run_skips_ = run_is_bad_;
-  }
+  if (!masks_nonfinite_ || in_phases_) FindNonfinite();
+  if (!masks_nonfinite_) run_skips_ = run_is_bad_;
   ClipGroups();
   for (size_t i = 0; i < specs_.size(); ++i) {
     const auto t = static_cast<int32_t>(i);
@@ -271,16 +319,19 @@ void Step::Prepare() {
 
 // Marks the tensors whose gradient holds NaN or inf, and their runs.
 void Step::FindNonfinite() {
-  for (size_t t = 0; t < specs_.size(); ++t) {
-    if (modes_[t] == Mode::kAbsent) continue;
-    const Tensor& tensor = tensors_[t];
-    const bool bad = std::any_of(gradient_sums_.begin() + tensor.first_chunk,
-                                 gradient_sums_.begin() + tensor.end_chunk,
-                                 [](const GradientSum& sum) { return sum.nonfinite; });
-    if (!bad) continue;
-    run_is_bad_[RunOf(static_cast<int32_t>(t))] = 1;
-    if (statistics_ != nullptr) statistics_[t * kNumStatistics + kGradNonfinite] = 1.0;
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const auto t = static_cast<int32_t>(i);
+    if (modes_[t] == Mode::kAbsent || !HasNonfinite(t)) continue;
+    run_is_bad_[RunOf(t)] = 1;
+    if (double* const row = StatisticsOf(t)) row[kGradNonfinite] = 1.0;
   }
+}
+
+bool Step::HasNonfinite(int32_t t) const {
+  if (whole_sums_ != nullptr) return whole_sums_[t * kNumGradientSums + kNonfinite] > 0.0;
+  return std::any_of(gradient_sums_.begin() + tensors_[t].first_chunk,
+                     gradient_sums_.begin() + tensors_[t].end_chunk,
+                     [](const GradientSum& sum) { return sum.nonfinite; });
 }
 
 void Step::CountSkips() {
@@ -298,6 +349,10 @@ double Step::GradientSumSq(int32_t t) const {
   return sum;
 }
 
+double Step::WholeGradientSumSq(int32_t t) const {
+  return whole_sums_ != nullptr ? whole_sums_[t * kNumGradientSums + kSumSq] : GradientSumSq(t);
+}
+
 void Step::ClipGroups() {
   std::fill(group_sum_sq_.begin(), group_sum_sq_.end(), 0.0);
   std::fill(group_takes_part_.begin(), group_takes_part_.end(), 0);
@@ -306,7 +361,7 @@ void Step::ClipGroups() {
     const int32_t group = specs_[t].group;
     group_takes_part_[group] = 1;
     if (groups_[group].clip == Clip::kNone) continue;
-    group_sum_sq_[group] += GradientSumSq(static_cast<int32_t>(t));
+    group_sum_sq_[group] += WholeGradientSumSq(static_cast<int32_t>(t));
   }
   for (size_t group = 0; group < groups_.size(); ++group) {
     if (!group_takes_part_[group]) continue;
@@ -323,9 +378,9 @@ void Step::PrepareTensor(int32_t t) {
   tensor.clip = clips_[specs_[t].group];
   tensor.coefficients = CoefficientsOf(tensor.clip, OptionsOf(t), ScalarsOf(t), state);
   tensor.learning_rate = LearningRate(OptionsOf(t), ScalarsOf(t), state);
-  if (modes_[t] == Mode::kTwoPass) return;
+  const bool knows_trust = UsesTrust(t) && modes_[t] == Mode::kOnePass;
   const double trust =
-      UsesTrust(t) ? TrustRatio(state[kParamNorm], UpdateNorm(state), ScalarsOf(t)) : 1.0;
+      knows_trust ? TrustRatio(state[kParamNorm], UpdateNorm(state), ScalarsOf(t)) : 1.0;
   SetStepSize(t, trust);
 }
 
@@ -393,6 +448,11 @@ void Step::FinishMoments(int32_t t) {
   Tensor& tensor = tensors_[t];
   Sums total{};
   for (int32_t i = tensor.first_chunk; i < tensor.end_chunk; ++i) total += sums_[i];
+  if (in_phases_) {
+    WriteStatistics(t, total, StatisticsOf(t));
+    StatisticsOf(t)[kNewParamSq] = total.new_param_sq;
+    return;
+  }
   if (UsesTrust(t)) {
     AdvanceUpdateNorm(std::sqrt(total.update_sq), ScalarsOf(t), StateOf(t));
   }
@@ -402,7 +462,7 @@ void Step::FinishMoments(int32_t t) {
   } else if (UsesTrust(t)) {
     StateOf(t)[kParamNorm] = std::sqrt(total.new_param_sq);
   }
-  if (statistics_ != nullptr) WriteStatistics(t, total);
+  if (statistics_ != nullptr) WriteStatistics(t, total, StatisticsOf(t));
   if (modes_[t] == Mode::kOnePass) return;
   if (tensor.num_chunks() == 1) {
     RunApply(tensor.first_chunk);  // its arrays are in the innermost caches
@@ -411,10 +471,14 @@ void Step::FinishMoments(int32_t t) {
   }
 }
 
-void Step::WriteStatistics(int32_t t, const Sums& sums) const {
+double* Step::StatisticsOf(int32_t t) const {
+  if (partial_ != nullptr) return partial_ + t * kNumPartialSums;
+  return statistics_ != nullptr ? statistics_ + t * kNumStatistics : nullptr;
+}
+
+void Step::WriteStatistics(int32_t t, const Sums& sums, double* row) const {
   const Tensor& tensor = tensors_[t];
   const double inv_bc1 = 1.0 / StateOf(t)[kBiasCorrection1];
-  double* const row = statistics_ + t * kNumStatistics;
   row[kTaken] = 1.0;
   row[kClipCoefficient] = tensor.clip;
   row[kStepSize] = tensor.step_size;
@@ -460,7 +524,11 @@ void Step::FinishApply(int32_t t) {
   for (int32_t i = tensors_[t].first_chunk; i < tensors_[t].end_chunk; ++i) {
     new_param_sq += sums_[i].new_param_sq;
   }
-  StateOf(t)[kParamNorm] = std::sqrt(new_param_sq);
+  if (in_phases_) {
+    StatisticsOf(t)[kNewParamSq] = new_param_sq;
+  } else {
+    StateOf(t)[kParamNorm] = std::sqrt(new_param_sq);
+  }
 }
 
 }  // namespace lhopt

@@ -11,6 +11,8 @@
 //   apply      the parameters' update of tensors whose trust ratio had to wait for the whole
 //              tensor's norm; it follows while a bucket of such tensors is still in the cache
 //
+// Where tensors are pieces of larger ones, each of these is a call of its own.
+//
 // Each chunk owns a row of partial sums. The thread that finishes a tensor's last chunk adds them
 // up in chunk order, so that results depend neither on the number of threads nor on their timing.
 #pragma once
@@ -64,6 +66,15 @@ class Step {
   // `gradients`: one per tensor. `statistics`: [tensors, kNumStatistics], or null. One call at a
   // time.
   void Run(const std::vector<Gradient>& gradients, double* statistics, int num_threads);
+
+  // The same in three phases, one after the other, for tensors that are pieces of larger ones.
+  // Between them the caller adds up what the pieces have: `sums` [tensors, kNumGradientSums] is
+  // filled and comes back over whole tensors; `partial` [tensors, kNumPartialSums] is filled, and
+  // comes back with the step sizes and decay factors of tensors that wait for their trust ratio.
+  // What trust ratios remember is the caller's.
+  void MeasureGradients(const std::vector<Gradient>& gradients, double* sums, int num_threads);
+  void UpdateMoments(const double* sums, double* partial, bool measures, int num_threads);
+  void Apply(double* partial, int num_threads);
 
   size_t num_tensors() const { return specs_.size(); }
   const char* isa() const { return kernels_.name; }
@@ -125,13 +136,16 @@ class Step {
   }
   double* StateOf(int32_t tensor) const { return tables_.tensor_state + tensor * kNumTensorState; }
 
-  void Begin(const std::vector<Gradient>& gradients, double* statistics);
+  void Begin(const std::vector<Gradient>& gradients, bool in_phases);
+  void RunTickets(size_t first, size_t end, int num_threads);
   void Work();
   void RunGradientTicket(const Ticket& ticket);
   void Prepare();
   void FindNonfinite();
   void CountSkips();
+  bool HasNonfinite(int32_t tensor) const;
   double GradientSumSq(int32_t tensor) const;
+  double WholeGradientSumSq(int32_t tensor) const;
   void ClipGroups();
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);
@@ -139,7 +153,8 @@ class Step {
   void StepWeights(int32_t chunk, bool stores, const Operation& operation);
   void RunMoments(int32_t chunk);
   void FinishMoments(int32_t tensor);
-  void WriteStatistics(int32_t tensor, const Sums& sums) const;
+  double* StatisticsOf(int32_t tensor) const;
+  void WriteStatistics(int32_t tensor, const Sums& sums, double* row) const;
   void RunApply(int32_t chunk);
   void FinishApply(int32_t tensor);
 
@@ -163,12 +178,17 @@ class Step {
   std::vector<Mode> modes_;  // [tensors]
   std::vector<Ticket> tickets_;
   size_t num_gradient_tickets_ = 0;
+  size_t num_early_tickets_ = 0;  // in phases, of gradients and moments
+  bool in_phases_ = false;
 
   // The step that is running.
   double* statistics_ = nullptr;
+  const double* whole_sums_ = nullptr;  // in phases, as is `partial_`
+  double* partial_ = nullptr;
   std::vector<uint8_t> run_is_bad_;  // [runs] whether a gradient holds NaN or inf
   std::vector<uint8_t> run_skips_;   // [runs]
   std::atomic<size_t> next_ticket_{0};
+  size_t end_ticket_ = 0;
   std::atomic<size_t> gradient_tickets_left_{0};
   std::atomic<bool> prepared_{false};
 };

@@ -13,7 +13,7 @@ import torch
 from lhopt_fused.kernels.gradients import Grads
 from lhopt_fused.types import StepLayout
 
-__all__ = ["BackendName", "StepBackend", "get_backend", "resolve_backend"]
+__all__ = ["BackendName", "PhasedBackend", "StepBackend", "get_backend", "resolve_backend"]
 
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
@@ -40,6 +40,41 @@ class StepBackend(Protocol):
         """
 
 
+class PhasedBackend(StepBackend, Protocol):
+    """A backend whose step can be taken in phases, where tensors are pieces of larger ones.
+
+    Between the phases, somebody makes sums over the pieces sums over the whole tensors; everything
+    that follows from them, trust ratios and what they remember included, is theirs too.
+    """
+
+    def measure_gradients(self, grads: Grads, sums: torch.Tensor) -> None:
+        """Sum up the pieces of the gradients and change nothing.
+
+        Args:
+            grads: as for :meth:`step`; they are read by the other phases too.
+            sums: float64 ``[T, len(GRADIENT_SUMS)]`` to be filled.
+        """
+
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        """Clip, update the moments, and the parameters that need not wait for a trust ratio.
+
+        Args:
+            sums: as :meth:`measure_gradients` filled it, over whole tensors.
+            partial: float64 ``[T, len(PARTIAL_SUMS)]`` to be filled with what the pieces add. The
+                step size of a tensor that waits lacks its trust ratio.
+            measures: whether all statistics are wanted; else ``param_sq``, ``update_sq`` and
+                ``new_param_sq`` of tensors with a trust ratio will do.
+        """
+
+    def apply(self, partial: torch.Tensor) -> None:
+        """Update the parameters that waited, and fill in their ``new_param_sq``.
+
+        Args:
+            partial: as :meth:`update_moments` filled it, with the final step sizes and decay
+                factors.
+        """
+
+
 def resolve_backend(name: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
     """The backend that ``name`` stands for, given where the parameters are and what they hold.
 
@@ -58,7 +93,7 @@ def resolve_backend(name: str, device: torch.device, dtypes: set[torch.dtype]) -
     return "triton" if device.type == "cuda" else "cpu"
 
 
-def get_backend(name: str, layout: StepLayout) -> StepBackend:
+def get_backend(name: str, layout: StepLayout) -> PhasedBackend:
     """Build the backend ``name`` (not ``"auto"``) over ``layout``.
 
     Raises:

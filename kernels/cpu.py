@@ -6,13 +6,16 @@ This module checks tensors and hands their addresses over; the extension checks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from lhopt_fused import _C
 from lhopt_fused.kernels.gradients import DTYPE_CODES, Grads, check_same_memory_order, tabulated
 from lhopt_fused.types import (
+    GRADIENT_SUMS,
     GROUP_STATE,
+    PARTIAL_SUMS,
     SCALARS,
     STATISTICS,
     TENSOR_STATE,
@@ -23,7 +26,8 @@ from lhopt_fused.types import (
 
 __all__ = ["CpuBackend"]
 
-if tuple(map(len, (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS))) != _C.TABLE_COLUMNS:
+_TABLES: Final = (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS, GRADIENT_SUMS, PARTIAL_SUMS)
+if tuple(map(len, _TABLES)) != _C.TABLE_COLUMNS:
     raise ImportError(
         "lhopt_fused._C was built for other tables than lhopt_fused.types describes; reinstall "
         "the package to rebuild it"
@@ -77,7 +81,7 @@ class CpuBackend:
             ),
         )
         self._features = _C.InnerFeatures(
-            numel=[param.numel() for param in layout.params],
+            numel=layout.numel,
             group_of=layout.group_of,
             group_clips=[options.clip is not Clip.NONE for options in layout.options],
             run_of=layout.run_of,
@@ -100,6 +104,22 @@ class CpuBackend:
         self._take_gradients(grads)
         self._step.run(0 if statistics is None else statistics.data_ptr(), torch.get_num_threads())
 
+    def measure_gradients(self, grads: Grads, sums: torch.Tensor) -> None:
+        """See :class:`~lhopt_fused.kernels.PhasedBackend`, for this and the other phases."""
+        self._check_rows(sums, GRADIENT_SUMS, "sums")
+        self._take_gradients(grads)
+        self._step.measure_gradients(sums.data_ptr(), torch.get_num_threads())
+
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        self._check_rows(sums, GRADIENT_SUMS, "sums")
+        self._check_rows(partial, PARTIAL_SUMS, "partial")
+        threads = torch.get_num_threads()
+        self._step.update_moments(sums.data_ptr(), partial.data_ptr(), measures, threads)
+
+    def apply(self, partial: torch.Tensor) -> None:
+        self._check_rows(partial, PARTIAL_SUMS, "partial")
+        self._step.apply(partial.data_ptr(), torch.get_num_threads())
+
     def _take_gradients(self, grads: Grads) -> None:
         table = tabulated(grads, self.layout.params, "cpu")
         self._step.set_gradients(table.addresses, table.dtypes)
@@ -120,7 +140,10 @@ class CpuBackend:
         self._features.accumulate(statistics.data_ptr(), sums.data_ptr())
 
     def _check_statistics(self, statistics: torch.Tensor) -> None:
-        _check_table(statistics, (len(self.layout.params), len(STATISTICS)), "statistics")
+        self._check_rows(statistics, STATISTICS, "statistics")
+
+    def _check_rows(self, table: torch.Tensor, columns: Sequence[str], name: str) -> None:
+        _check_table(table, (len(self.layout.params), len(columns)), name)
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None] | None, count: int) -> list[int | None]:

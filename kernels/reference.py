@@ -15,7 +15,9 @@ import torch
 from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
+    GRADIENT_SUMS,
     GROUP_STATE,
+    PARTIAL_SUMS,
     SCALARS,
     STATISTICS,
     TENSOR_STATE,
@@ -101,7 +103,8 @@ class _TensorStep:
     """One tensor's step: its arrays and the scalars that govern it.
 
     ``weights`` is what is stepped: the parameter, or its float32 master. Elements with a gradient
-    that is not finite are left alone, and out of every sum but ``param_sq``.
+    that is not finite are left alone, and out of every sum but ``param_sq``. A piece of a tensor
+    is stepped in two calls, between which its sums become those of the whole.
     """
 
     options: StepOptions
@@ -110,14 +113,35 @@ class _TensorStep:
     clip: float
     uses_trust: bool
     weights: torch.Tensor
+    copy: torch.Tensor | None  # the parameter of a master
     grad: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     grad_signs: torch.Tensor | None
     random_key: tuple[int, int] | None  # seed and tensor, where rounding is stochastic
+    is_deferred: bool = False  # the parameter's update, until |u| is known
 
     def run(self) -> dict[str, float]:
         """Update parameter, moments and state in place; return the statistics."""
+        measured = self.update_moments()
+        if not self.uses_trust:
+            return measured
+        self._advance_update_norm(math.sqrt(measured["update_sq"]))
+        if self.is_deferred:
+            trust = self._trust_ratio(math.sqrt(measured["param_sq"]))
+            measured["step_size"] *= trust
+            measured["decay_factor"] = self._decay_factor(measured["step_size"])
+            measured["new_param_sq"] = self.apply(measured)
+        self.state["param_norm"] = math.sqrt(measured["new_param_sq"])
+        return measured
+
+    def update_moments(self) -> dict[str, float]:
+        """Update the moments, and the parameter too unless its trust ratio has to wait for |u|.
+
+        Returns:
+            A row of ``PARTIAL_SUMS``. Where the update is deferred, the step size in it lacks the
+            trust ratio, and ``new_param_sq`` is 0.
+        """
         s, state = self.scalars, self.state
         beta1, beta2 = 1.0 - s["ombeta1"], 1.0 - s["ombeta2"]
         finite = torch.isfinite(self.grad)
@@ -126,6 +150,7 @@ class _TensorStep:
         p = self.weights.to(self.exp_avg.dtype, copy=True)
         momentum = self.exp_avg.where(finite, 0.0)
         first_step = state["step"] == 0
+        self.is_deferred = self.uses_trust and (self.options.trust is Trust.EXACT or first_step)
 
         state["step"] += 1
         state["bias_correction1"] = beta1 * state["bias_correction1"] + (1 - beta1)
@@ -143,28 +168,23 @@ class _TensorStep:
         if self.options.weight_decay is WeightDecay.IN_UPDATE:
             u = u + s["weight_decay"] * p
         u = u.where(finite, 0.0)
-
-        param_sq, update_sq = _dot(p, p), _dot(u, u)
-        step_size = s["lr"] * self._warmup() * self._trust_ratio(param_sq, update_sq, first_step)
-        decay = 1.0
-        if self.options.weight_decay is WeightDecay.DECOUPLED:
-            decay = 1.0 - step_size * s["weight_decay"]
         self.exp_avg.copy_(m.where(finite, self.exp_avg))
         self.exp_avg_sq.copy_(v.where(finite, self.exp_avg_sq))
-        self.weights.copy_(self._rounded((p * decay - step_size * u).where(finite, p)))
-        if self.uses_trust:
-            state["param_norm"] = math.sqrt(_dot(self.weights, self.weights))
+        self.update, self.finite = u, finite
 
+        knows_trust = self.uses_trust and not self.is_deferred
+        step_size = s["lr"] * self._warmup()
+        step_size *= self._trust_ratio(state["param_norm"]) if knows_trust else 1.0
         m_hat_minus_grad = 0.0 if first_step else _dot(m_hat - g, m_hat - g)
-        return {
+        measured = {
             "taken": 1.0,
             "grad_nonfinite": float(not finite.all()),
             "clip_coefficient": self.clip,
             "step_size": step_size,
-            "decay_factor": decay,
+            "decay_factor": self._decay_factor(step_size),
             "grad_sq": _dot(g, g),
-            "param_sq": param_sq,
-            "update_sq": update_sq,
+            "param_sq": _dot(p, p),
+            "update_sq": _dot(u, u),
             "m_hat_sq": _dot(m_hat, m_hat),
             "m_hat_minus_grad_sq": m_hat_minus_grad,
             "grad_dot_param": _dot(g, p),
@@ -177,6 +197,22 @@ class _TensorStep:
             "count_same_sign_momentum": _total(((g < 0) == (momentum < 0)) & finite),
             "count_same_sign_grad": self._same_sign_as_last(g, finite, first_step),
         }
+        measured["new_param_sq"] = 0.0 if self.is_deferred else self.apply(measured)
+        return measured
+
+    def apply(self, measured: dict[str, float]) -> float:
+        """Update the parameter as ``measured`` says; returns the square of its norm then."""
+        p = self.weights.to(self.exp_avg.dtype)
+        new = p * measured["decay_factor"] - measured["step_size"] * self.update
+        self.weights.copy_(self._rounded(new.where(self.finite, p)))
+        if self.copy is not None:
+            self.copy.copy_(self.weights)
+        return _dot(self.weights, self.weights)
+
+    def _decay_factor(self, step_size: float) -> float:
+        if self.options.weight_decay is WeightDecay.DECOUPLED:
+            return 1.0 - step_size * self.scalars["weight_decay"]
+        return 1.0
 
     def _rounded(self, result: torch.Tensor) -> torch.Tensor:
         """``result`` as a number of the weights' dtype, where chance has a say in that."""
@@ -194,28 +230,21 @@ class _TensorStep:
             return 1.0
         return math.sqrt(2.0 / (2.0 - self.state["bias_correction2"]) - 1.0)
 
-    def _trust_ratio(self, param_sq: float, update_sq: float, first_step: bool) -> float:
-        """LAMB's trust ratio T; advances the running norm of the update."""
-        if not self.uses_trust:
-            return 1.0
+    def _trust_ratio(self, param_norm: float) -> float:
+        """LAMB's trust ratio T for a parameter of this norm."""
         s, state = self.scalars, self.state
-        delayed = self.options.trust is Trust.DELAYED and not first_step
-        param_norm = state["param_norm"] if delayed else math.sqrt(param_sq)
-        before = state["update_norm_ema"], state["update_norm_bias_correction"]
-
-        ombeta = s["lamb_update_norm_ombeta"]
-        norm = math.sqrt(update_sq)
-        state["update_norm_ema"] = (1 - ombeta) * before[0] + ombeta * norm
-        state["update_norm_bias_correction"] = (1 - ombeta) * before[1] + ombeta
-
-        ema, correction = (
-            before if delayed else (state["update_norm_ema"], state["update_norm_bias_correction"])
-        )
-        update_norm = ema / correction
+        update_norm = state["update_norm_ema"] / state["update_norm_bias_correction"]
         if param_norm < 1e-8 or update_norm < 1e-8:
             return 1.0
         trust = min(max(param_norm / update_norm, s["lamb_min_trust"]), s["lamb_max_trust"])
         return float(trust ** s["lamb_power"])
+
+    def _advance_update_norm(self, norm: float) -> None:
+        """Take the norm of this step's update into the running one."""
+        ombeta, state = self.scalars["lamb_update_norm_ombeta"], self.state
+        state["update_norm_ema"] = (1 - ombeta) * state["update_norm_ema"] + ombeta * norm
+        correction = (1 - ombeta) * state["update_norm_bias_correction"] + ombeta
+        state["update_norm_bias_correction"] = correction
 
     def _same_sign_as_last(self, g: torch.Tensor, finite: torch.Tensor, first_step: bool) -> float:
         """#(sign g_t = sign g_{t-1}), or NaN where there is no last gradient; keeps the signs."""
@@ -231,83 +260,94 @@ class ReferenceBackend:
 
     def __init__(self, layout: StepLayout) -> None:
         self.layout = layout
+        self._grads: Sequence[torch.Tensor | None] = []
+        self._steps: dict[int, _TensorStep] = {}
 
     @torch.no_grad()
     def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
-        layout = self.layout
-        if isinstance(grads, GradTable):
-            grads = grads.tensors
+        rows = self.layout.tensor_state.new_zeros(len(self.layout.params), len(PARTIAL_SUMS))
+        self.measure_gradients(grads, sums := rows.new_zeros(len(rows), len(GRADIENT_SUMS)))
+        for index, step in self._begin(sums, rows).items():
+            self._store(rows[index], step.run(), PARTIAL_SUMS)
+            self._store(self.layout.tensor_state[index], step.state, TENSOR_STATE)
         if statistics is not None:
-            statistics.zero_()
-        skipped = self._skipped_runs(grads, statistics)
-        grads = [
-            None if layout.run_of[group] in skipped else grad
-            for grad, group in zip(grads, layout.group_of, strict=True)
-        ]
-        scalars = [dict(zip(SCALARS, row, strict=True)) for row in layout.scalars.tolist()]
-        clips = [self._clip(group, grads, scalars[group]) for group in range(len(scalars))]
-        for index, grad in enumerate(grads):
-            if grad is None:
-                continue
-            group = layout.group_of[index]
-            options = layout.options[group]
-            row = layout.tensor_state[index]
-            state = dict(zip(TENSOR_STATE, row.tolist(), strict=True))
-            master = layout.master_params[index] if layout.master_params else None
-            measured = _TensorStep(
-                options=options,
-                scalars=scalars[group],
-                state=state,
-                clip=clips[group],
-                uses_trust=options.trust is not Trust.NONE
-                and not (options.trust_ignores_vectors and layout.is_vector[index]),
-                weights=layout.params[index] if master is None else master,
-                grad=grad,
-                exp_avg=layout.exp_avgs[index],
-                exp_avg_sq=layout.exp_avg_sqs[index],
-                grad_signs=layout.grad_signs[index] if layout.grad_signs else None,
-                random_key=(
-                    (layout.rounding_seed, index) if layout.rounding == "stochastic" else None
-                ),
-            ).run()
-            if master is not None:
-                layout.params[index].copy_(master)
-            row.copy_(torch.tensor([state[name] for name in TENSOR_STATE], dtype=torch.float64))
-            if statistics is not None:
-                values = [measured[name] for name in STATISTICS]
-                statistics[index].copy_(torch.tensor(values, dtype=torch.float64))
+            statistics.copy_(rows[:, : len(STATISTICS)])
 
-    def _skipped_runs(
-        self, grads: Sequence[torch.Tensor | None], statistics: torch.Tensor | None
-    ) -> set[int]:
-        """Count and mark gradients with NaN or inf; the runs whose step is to be left out."""
+    @torch.no_grad()
+    def measure_gradients(self, grads: Grads, sums: torch.Tensor) -> None:
+        self._grads = grads.tensors if isinstance(grads, GradTable) else grads
+        for grad, row in zip(self._grads, sums, strict=True):
+            measured = dict.fromkeys(GRADIENT_SUMS, 0.0)
+            if grad is not None:
+                finite = grad[grad.isfinite()]
+                nonfinite = grad.numel() - finite.numel()
+                measured = {"present": 1.0, "nonfinite": nonfinite, "sum_sq": _dot(finite, finite)}
+            self._store(row, measured, GRADIENT_SUMS)
+
+    @torch.no_grad()
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        self._steps = self._begin(sums, partial)
+        for index, step in self._steps.items():
+            self._store(partial[index], step.update_moments(), PARTIAL_SUMS)
+            self._store(self.layout.tensor_state[index], step.state, TENSOR_STATE)
+
+    @torch.no_grad()
+    def apply(self, partial: torch.Tensor) -> None:
+        for index, step in self._steps.items():
+            if step.is_deferred:
+                measured = dict(zip(PARTIAL_SUMS, partial[index].tolist(), strict=True))
+                partial[index, PARTIAL_SUMS.index("new_param_sq")] = step.apply(measured)
+
+    def _begin(self, sums: torch.Tensor, partial: torch.Tensor) -> dict[int, _TensorStep]:
+        """Mark in ``partial``, zero otherwise, what is not finite; who takes part, by index."""
         layout = self.layout
-        bad = [
-            index
-            for index, grad in enumerate(grads)
-            if grad is not None and not bool(torch.isfinite(grad).all())
-        ]
+        measured = [dict(zip(GRADIENT_SUMS, row, strict=True)) for row in sums.tolist()]
+        bad = [index for index, row in enumerate(measured) if row["nonfinite"] > 0]
+        partial.zero_()
+        partial[bad, PARTIAL_SUMS.index("grad_nonfinite")] = 1.0
         runs = {layout.run_of[layout.group_of[index]] for index in bad}
         for run in runs:
             layout.skipped_steps[run] += 1
-        if statistics is not None:
-            statistics[bad, STATISTICS.index("grad_nonfinite")] = 1.0
-        return set() if layout.masks_nonfinite else runs
+        members: dict[int, list[int]] = {}
+        for index, group in enumerate(layout.group_of):
+            skipped = layout.run_of[group] in runs and not layout.masks_nonfinite
+            if self._grads[index] is not None and not skipped:
+                members.setdefault(group, []).append(index)
+        steps: dict[int, _TensorStep] = {}
+        for group, indices in sorted(members.items()):
+            scalars = dict(zip(SCALARS, layout.scalars[group].tolist(), strict=True))
+            norm = math.sqrt(sum(measured[index]["sum_sq"] for index in indices))
+            clip = self._clip(group, norm, scalars)
+            steps |= {index: self._tensor_step(index, scalars, clip) for index in indices}
+        return dict(sorted(steps.items()))
 
-    def _clip(
-        self, group: int, grads: Sequence[torch.Tensor | None], scalars: dict[str, float]
-    ) -> float:
-        layout = self.layout
-        members = [
-            grad
-            for grad, of in zip(grads, layout.group_of, strict=True)
-            if grad is not None and of == group
-        ]
-        if not members:
-            return 1.0
-        norm = math.sqrt(sum(_dot(g, g) for g in (grad[grad.isfinite()] for grad in members)))
-        row = layout.group_state[group]
+    def _clip(self, group: int, norm: float, scalars: dict[str, float]) -> float:
+        row = self.layout.group_state[group]
         state = dict(zip(GROUP_STATE, row.tolist(), strict=True))
-        clip = clip_coefficient(norm, layout.options[group], scalars, state)
-        row.copy_(torch.tensor([state[name] for name in GROUP_STATE], dtype=torch.float64))
+        clip = clip_coefficient(norm, self.layout.options[group], scalars, state)
+        self._store(row, state, GROUP_STATE)
         return clip
+
+    def _tensor_step(self, index: int, scalars: dict[str, float], clip: float) -> _TensorStep:
+        layout, grad = self.layout, self._grads[index]
+        assert grad is not None
+        master = layout.master_params[index] if layout.master_params else None
+        state = layout.tensor_state[index].tolist()
+        return _TensorStep(
+            options=layout.options[layout.group_of[index]],
+            scalars=scalars,
+            state=dict(zip(TENSOR_STATE, state, strict=True)),
+            clip=clip,
+            uses_trust=layout.uses_trust(index),
+            weights=layout.params[index] if master is None else master,
+            copy=None if master is None else layout.params[index],
+            grad=grad,
+            exp_avg=layout.exp_avgs[index],
+            exp_avg_sq=layout.exp_avg_sqs[index],
+            grad_signs=layout.grad_signs[index] if layout.grad_signs else None,
+            random_key=(layout.rounding_seed, index) if layout.rounding == "stochastic" else None,
+        )
+
+    @staticmethod
+    def _store(row: torch.Tensor, values: dict[str, float], names: Sequence[str]) -> None:
+        row.copy_(torch.tensor([values[name] for name in names], dtype=torch.float64))

@@ -24,7 +24,9 @@ from lhopt_fused.kernels.triton_tables import (
     C_WEIGHT_DECAY,
     COEFFICIENT_COLUMNS,
     DELAYS_TRUST,
+    P_NEW_PARAM_SQ,
     PARAM_NORM,
+    PARTIAL_COLUMNS,
     STATE_COLUMNS,
     W_ACTIVE,
     W_DEFERRED,
@@ -81,7 +83,7 @@ def apply_chunk(
     ROOT_DENOMINATOR: tl.constexpr,
     DECAY_IN_UPDATE: tl.constexpr,
     MASKS: tl.constexpr,
-    DELAYED: tl.constexpr,
+    KEEPS_NORM: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -128,10 +130,10 @@ def apply_chunk(
         tl.store(param_ptr + indices, rounded, mask=inside)
         if COPY_DTYPE is not None:
             tl.store(copy_ptr + indices, round_to(new, COPY_DTYPE), mask=inside)
-        if DELAYED:
+        if KEEPS_NORM:
             kept = rounded.to(tl.float32)
             new_param_sq += tl.sum(kept * kept, axis=1)
-    if DELAYED:
+    if KEEPS_NORM:
         tl.store(new_param_sq_ptr + row, tl.sum(new_param_sq, axis=0), mask=is_deferred)
 
 
@@ -156,7 +158,7 @@ def apply_kernel(
     coefficients_ptr,  # float32 [T, COEFFICIENT_COLUMNS]
     tensor_state_ptr,
     seed_ptr,  # int32 [2]
-    new_param_sq_ptr,  # float32 [rows], written where DELAYED
+    new_param_sq_ptr,  # float32 [rows], written where KEEPS_NORM
     PARAM_DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
     STOCHASTIC: tl.constexpr,
@@ -165,6 +167,7 @@ def apply_kernel(
     DECAY_IN_UPDATE: tl.constexpr,
     MASKS: tl.constexpr,
     DELAYED: tl.constexpr,
+    KEEPS_NORM: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -181,7 +184,7 @@ def apply_kernel(
         apply_chunk(
             chunks_ptr, index, grads_ptr, addresses_ptr, coefficients_ptr, tensor_state_ptr,
             seed_ptr, new_param_sq_ptr, PARAM_DTYPE, COPY_DTYPE, STOCHASTIC, GRAD_DTYPE,
-            ROOT_DENOMINATOR, DECAY_IN_UPDATE, MASKS, DELAYED, ALIGNED, ROWS, VECTOR,
+            ROOT_DENOMINATOR, DECAY_IN_UPDATE, MASKS, KEEPS_NORM, ALIGNED, ROWS, VECTOR,
         )  # fmt: skip
 
 
@@ -192,17 +195,25 @@ def param_norm_kernel(
     new_param_sq_ptr,  # float32 [rows]
     work_ptr,
     tensor_state_ptr,
+    partial_ptr,  # float64 [T, PARTIAL_COLUMNS], written in phases
+    PHASES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Remember the norm of a parameter whose update was deferred although its trust is delayed."""
+    """Remember the norm of a parameter whose update was deferred although its trust is delayed.
+
+    In phases, leave the square of any whose update was deferred.
+    """
     tensor = tl.program_id(0).to(tl.int64)
     row_ptr = work_ptr + tensor * WORK_COLUMNS
     is_deferred = (tl.load(row_ptr + W_ACTIVE) != 0.0) & (tl.load(row_ptr + W_DEFERRED) != 0.0)
-    if is_deferred & ((tl.load(traits_ptr + tensor) & DELAYS_TRUST) != 0):
+    if is_deferred & (PHASES | ((tl.load(traits_ptr + tensor) & DELAYS_TRUST) != 0)):
         begin, end = tl.load(first_row_ptr + tensor), tl.load(first_row_ptr + tensor + 1)
         total = tl.zeros([ROWS], tl.float64)
         for first in range(begin, end, ROWS):
             rows = first + tl.arange(0, ROWS)
             total += tl.load(new_param_sq_ptr + rows, mask=rows < end, other=0.0).to(tl.float64)
-        norm = tl.sqrt(tl.sum(total, axis=0))
-        tl.store(tensor_state_ptr + tensor * STATE_COLUMNS + PARAM_NORM, norm)
+        square = tl.sum(total, axis=0)
+        if PHASES:
+            tl.store(partial_ptr + tensor * PARTIAL_COLUMNS + P_NEW_PARAM_SQ, square)
+        else:
+            tl.store(tensor_state_ptr + tensor * STATE_COLUMNS + PARAM_NORM, tl.sqrt(square))

@@ -18,7 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lhopt_fused.types import BackendUnavailableError, StepLayout
+from lhopt_fused.types import (
+    GRADIENT_SUMS,
+    PARTIAL_SUMS,
+    BackendUnavailableError,
+    StepLayout,
+)
 
 try:
     import triton  # noqa: F401
@@ -39,12 +44,20 @@ from lhopt_fused.kernels.triton_features import (
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
 from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, StepPlan
-from lhopt_fused.kernels.triton_tables import A_SIGNS
+from lhopt_fused.kernels.triton_tables import (
+    A_SIGNS,
+    C_DECAY,
+    C_STEP_SIZE,
+    W_GRAD_SQ,
+    W_NONFINITE,
+)
 
 __all__ = ["TritonBackend", "check_layout"]
 
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT: Final = 16  # bytes of the widest access
+_WHOLE: Final = [GRADIENT_SUMS.index(name) for name in ("nonfinite", "sum_sq")]
+_OF_GRADIENT: Final = [W_NONFINITE.value, W_GRAD_SQ.value]
 _FEATURE_BLOCK: Final = 64  # tensors, or groups, at a time
 
 
@@ -80,25 +93,64 @@ class TritonBackend:
                 self._features = self._feature_launches()
             arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
-            self._plans: dict[bytes, StepPlan] = {}
+            self._plans: dict[tuple[bytes, bool], StepPlan] = {}
             codes = np.array([DTYPE_CODES[param.dtype] for param in layout.params], dtype=np.int8)
-            self._plan = self._plan_of(codes, self._state_aligned)
+            self._plan = self._plan_of(codes, self._state_aligned, in_phases=False)
 
     @torch.no_grad()
     def step(self, grads: Grads, statistics: torch.Tensor | None = None) -> None:
-        table = tabulated(grads, self.layout.params, "triton")
         with self._on_device:
-            if self._pointers.see(table):
-                self._plan = self._plan_for(table)
-            self._pointers.upload()
+            self._take_gradients(grads, in_phases=False)
             measured = statistics is not None
-            for launch in self._plan.before[measured]:
+            for launch in (*self._plan.norms, *self._plan.before[measured]):
                 launch()
             finalize = self._plan.finalize[measured]
             if finalize is not None:
                 finalize(self._tables.unused_statistics if statistics is None else statistics)
             for launch in self._plan.after:
                 launch()
+
+    @torch.no_grad()
+    def measure_gradients(self, grads: Grads, sums: torch.Tensor) -> None:
+        """See :class:`~lhopt_fused.kernels.PhasedBackend`, for this and the other phases."""
+        with self._on_device:
+            self._take_gradients(grads, in_phases=True)
+            for launch in self._plan.norms:
+                launch()
+            sums[:, GRADIENT_SUMS.index("present")] = self._tables.grads != 0
+            sums[:, _WHOLE] = self._tables.work[:, _OF_GRADIENT]
+
+    @torch.no_grad()
+    def update_moments(self, sums: torch.Tensor, partial: torch.Tensor, measures: bool) -> None:
+        with self._on_device:
+            local = self._tables.work[:, W_GRAD_SQ.value].clone()
+            self._tables.work[:, _OF_GRADIENT] = sums[:, _WHOLE]
+            for launch in self._plan.before[measures]:
+                launch()
+            finalize = self._plan.finalize[measures]
+            assert finalize is not None
+            finalize(self._tables.partial)
+            partial.copy_(self._tables.partial)
+            # the gradient pass knows it without overflow
+            clip = partial[:, PARTIAL_SUMS.index("clip_coefficient")]
+            partial[:, PARTIAL_SUMS.index("grad_sq")] = clip * clip * local
+
+    @torch.no_grad()
+    def apply(self, partial: torch.Tensor) -> None:
+        with self._on_device:
+            for column, name in ((C_STEP_SIZE, "step_size"), (C_DECAY, "decay_factor")):
+                self._tables.coefficients[:, column.value] = partial[:, PARTIAL_SUMS.index(name)]
+            for launch in self._plan.after:
+                launch()
+            column = PARTIAL_SUMS.index("new_param_sq")
+            partial[:, column] = self._tables.partial[:, column]
+
+    def _take_gradients(self, grads: Grads, *, in_phases: bool) -> None:
+        """Choose the plan for these gradients, and bring their addresses to the device."""
+        table = tabulated(grads, self.layout.params, "triton")
+        if self._pointers.see(table) or self._plan.in_phases != in_phases:
+            self._plan = self._plan_for(table, in_phases)
+        self._pointers.upload()
 
     def accumulate_features(self, statistics: torch.Tensor, sums: torch.Tensor) -> None:
         """Add the mean features of one step to ``sums``, on the device.
@@ -143,7 +195,7 @@ class TritonBackend:
             Launch(add_features_kernel, runs, per_run, constants, example=(sums,)),
         )
 
-    def _plan_for(self, table: GradTable) -> StepPlan:
+    def _plan_for(self, table: GradTable, in_phases: bool) -> StepPlan:
         """The launches for these gradients; compiles where they are of a new kind.
 
         A missing gradient is taken to be as the one before it.
@@ -151,13 +203,18 @@ class TritonBackend:
         before, is_missing = self._plan, table.dtypes == MISSING
         dtypes = np.where(is_missing, before.dtypes, table.dtypes)
         aligned = self._state_aligned & _is_aligned(table.addresses)
-        return self._plan_of(dtypes, np.where(is_missing, before.is_aligned, aligned))
+        is_aligned = np.where(is_missing, before.is_aligned, aligned)
+        return self._plan_of(dtypes, is_aligned, in_phases)
 
-    def _plan_of(self, dtypes: npt.NDArray[np.int8], is_aligned: npt.NDArray[np.bool_]) -> StepPlan:
-        key = dtypes.tobytes() + is_aligned.tobytes()
+    def _plan_of(
+        self, dtypes: npt.NDArray[np.int8], is_aligned: npt.NDArray[np.bool_], in_phases: bool
+    ) -> StepPlan:
+        key = dtypes.tobytes() + is_aligned.tobytes(), in_phases
         if key not in self._plans:
             with self._compiling("a step"):
-                self._plans[key] = StepPlan(self.layout, self._tables, dtypes, is_aligned)
+                self._plans[key] = StepPlan(
+                    self.layout, self._tables, dtypes, is_aligned, in_phases
+                )
         return self._plans[key]
 
 

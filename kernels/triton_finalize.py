@@ -1,6 +1,7 @@
 """After the moments: sums of each tensor, exact trust ratios, running norms, statistics.
 
-One program per tensor, in float64.
+One program per tensor, in float64. In phases, where tensors are pieces of larger ones, trust ratios
+and running norms are left to whoever knows the whole.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from lhopt_fused.kernels.triton_tables import (
     MASKED,
     MEMBERSHIP_COLUMNS,
     NEW_PARAM_SQ,
+    P_NEW_PARAM_SQ,
     PARAM_NORM,
     PARAM_SQ,
+    PARTIAL_COLUMNS,
     S_CLIP,
     S_DECAY,
     S_GRAD_NONFINITE,
@@ -126,8 +129,10 @@ def finalize_kernel(
     partials_ptr,  # float32 [rows, COLUMNS]
     skipped_steps_ptr,  # int64 [R]
     seen_ptr,  # int32 [R]
-    statistics_ptr,  # float64 [T, STATISTICS_COLUMNS], untouched where COLUMNS is 4
+    statistics_ptr,  # float64 [T, STATISTICS_COLUMNS], untouched where COLUMNS is 4; or, in
+    # phases, [T, PARTIAL_COLUMNS]
     SKIPS: tl.constexpr,
+    PHASES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -142,9 +147,9 @@ def finalize_kernel(
     end = tl.where(is_active, end, begin)
     sums = tensor_sums(partials_ptr, begin, end, COLUMNS, ROWS)
     nonfinite = pick(sums, MASKED)
-    if SKIPS:
+    if SKIPS | PHASES:
         nonfinite = tl.load(work_row_ptr + W_NONFINITE)
-    elif nonfinite > 0.0:
+    if (not SKIPS) & (nonfinite > 0.0):
         # The first tensor of a run that arrives here counts the step.
         tl.store(coefficients_ptr + tensor * COEFFICIENT_COLUMNS + C_MASKED, 1.0)
         run = tl.load(groups_ptr + group * MEMBERSHIP_COLUMNS + G_RUN)
@@ -152,7 +157,7 @@ def finalize_kernel(
             tl.store(skipped_steps_ptr + run, tl.load(skipped_steps_ptr + run) + 1)
 
     trust = tl.load(work_row_ptr + W_TRUST)
-    if is_active & ((traits & USES_TRUST) != 0):
+    if (not PHASES) & is_active & ((traits & USES_TRUST) != 0):
         state_ptr = tensor_state_ptr + tensor * STATE_COLUMNS
         exact = advance_trust(sums, traits, scalar_ptr, state_ptr, deferred)
         trust = tl.where(deferred != 0.0, exact, trust)
@@ -164,8 +169,9 @@ def finalize_kernel(
         tl.store(row_ptr + C_STEP_SIZE, step_size.to(tl.float32))
         tl.store(row_ptr + C_DECAY, decay.to(tl.float32))
 
-    if COLUMNS == 16:
-        statistics_row_ptr = statistics_ptr + tensor * STATISTICS_COLUMNS
+    if PHASES | (COLUMNS == 16):
+        columns: tl.constexpr = PARTIAL_COLUMNS if PHASES else STATISTICS_COLUMNS
+        statistics_row_ptr = statistics_ptr + tensor * columns
         clip = tl.load(work_row_ptr + W_CLIP)
         first_step = tl.load(work_row_ptr + W_FIRST_STEP) != 0.0
         tl.store(statistics_row_ptr + S_TAKEN, is_active.to(tl.float64))
@@ -174,6 +180,8 @@ def finalize_kernel(
         tl.store(statistics_row_ptr + S_STEP_SIZE, tl.where(is_active, step_size, 0.0))
         tl.store(statistics_row_ptr + S_DECAY, tl.where(is_active, decay, 0.0))
         grad_sq = pick(sums, GRAD_SQ)
-        if SKIPS:  # the gradient pass knows it without overflow
+        if PHASES:
+            tl.store(statistics_row_ptr + P_NEW_PARAM_SQ, pick(sums, NEW_PARAM_SQ))
+        elif SKIPS:  # the gradient pass knows it without overflow
             grad_sq = tl.where(is_active, clip * clip * tl.load(work_row_ptr + W_GRAD_SQ), 0.0)
         store_sums(statistics_row_ptr, sums, traits, is_active, first_step, grad_sq)

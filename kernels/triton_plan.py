@@ -22,7 +22,7 @@ from lhopt_fused.kernels.triton_moments import moments_kernel
 from lhopt_fused.kernels.triton_prepare import prepare_kernel
 from lhopt_fused.types import Clip, Denominator, StepLayout, Trust, WeightDecay
 
-__all__ = ["DTYPES", "DeviceTables", "StepPlan", "uses_trust"]
+__all__ = ["DTYPES", "DeviceTables", "StepPlan"]
 
 DTYPES: Final = {
     torch.float32: tl.float32,
@@ -45,17 +45,10 @@ _GROUP_BLOCKS: Final = (16, 256)  # tensors of a group at a time in the preparin
 _SUM_ROWS: Final = (16, 512)  # rows of partial sums at a time, for few and for many chunks
 
 
-def uses_trust(layout: StepLayout, tensor: int) -> bool:
-    """Whether the step of a tensor is scaled by a trust ratio."""
-    options = layout.options[layout.group_of[tensor]]
-    ignored = options.trust_ignores_vectors and layout.is_vector[tensor]
-    return options.trust is not Trust.NONE and not ignored
-
-
 def _traits(layout: StepLayout, tensor: int) -> int:
     options = layout.options[layout.group_of[tensor]]
     bits = (
-        (tables.USES_TRUST, uses_trust(layout, tensor)),
+        (tables.USES_TRUST, layout.uses_trust(tensor)),
         (tables.DELAYS_TRUST, options.trust is Trust.DELAYED),
         (tables.WARMS_UP, options.radam_warmup),
         (tables.ROOT_DENOMINATOR, options.denominator is Denominator.RMS),
@@ -122,7 +115,7 @@ class DeviceTables:
         )
         seed = [layout.rounding_seed, layout.rounding_seed >> 32]
         self.rounding_seed = integers([(word + 2**31) % 2**32 - 2**31 for word in seed])
-        self.numel = integers([p.numel() for p in layout.params], torch.int64)
+        self.numel = integers(layout.numel, torch.int64)
         self.traits = integers([_traits(layout, tensor) for tensor in range(count)])
         self.group_of = integers(layout.group_of)
         members, membership, run_groups, first_group = _memberships(layout)
@@ -134,6 +127,7 @@ class DeviceTables:
         self.coefficients = torch.zeros(count, tables.COEFFICIENT_COLUMNS.value).to(device)
         self.waits = torch.zeros(count, dtype=torch.int32, device=device)
         self.seen = torch.zeros(len(layout.skipped_steps), dtype=torch.int32, device=device)
+        self.partial = self.work.new_zeros(count, tables.PARTIAL_COLUMNS.value)
         shape = count, tables.STATISTICS_COLUMNS.value
         self.unused_statistics = torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -180,10 +174,15 @@ def _sums(chunks: ChunkRows) -> tuple[dict[str, Any], int]:
 class StepPlan:
     """The launches of a step, in order, for gradients of one kind.
 
+    In phases, where tensors are pieces of larger ones, ``finalize`` leaves ``DeviceTables.partial``
+    and the launches before it are of two kinds.
+
     Attributes:
         dtypes: int8 ``[T]``, codes of the gradients' dtypes.
         is_aligned: bool ``[T]``, whether every pointer of the tensor is a multiple of 16 bytes.
-        before: launches up to the moments, by whether statistics are taken.
+        in_phases: see above.
+        norms: launches of the gradient pass.
+        before: launches from there up to the moments, by whether statistics are taken.
         finalize: sums, trust ratios and statistics, likewise; called with the statistics table.
         after: launches that apply deferred updates.
     """
@@ -194,8 +193,9 @@ class StepPlan:
         device: DeviceTables,
         dtypes: npt.NDArray[np.int8],
         is_aligned: npt.NDArray[np.bool_],
+        in_phases: bool,
     ) -> None:
-        self.dtypes, self.is_aligned = dtypes, is_aligned
+        self.dtypes, self.is_aligned, self.in_phases = dtypes, is_aligned, in_phases
         self._grad_dtypes = [_DTYPE_OF[code] for code in dtypes.tolist()]
         self._layout, self._tables = layout, device
         self._tensors = range(len(layout.params))
@@ -215,9 +215,9 @@ class StepPlan:
             self._partials,
         )
 
-        norms = [*self._norm_launches(), self._prepare_launch()]
+        self.norms, prepare = self._norm_launches(), self._prepare_launch()
         self.before = {
-            measured: [*norms, *self._moments_launches(measured)] for measured in (False, True)
+            measured: [prepare, *self._moments_launches(measured)] for measured in (False, True)
         }
         self.finalize = {measured: self._finalize_launch(measured) for measured in (False, True)}
         self.after = self._apply_launches()
@@ -292,7 +292,8 @@ class StepPlan:
         include = [
             tensor
             for tensor in self._tensors
-            if not layout.masks_nonfinite
+            if self.in_phases
+            or not layout.masks_nonfinite
             or layout.options[layout.group_of[tensor]].clip is not Clip.NONE
         ]
         if not include:
@@ -343,7 +344,8 @@ class StepPlan:
 
     def _needs_sums(self, tensors: Sequence[int]) -> bool:
         """Whether a step without statistics needs sums all the same."""
-        return self._layout.masks_nonfinite or any(uses_trust(self._layout, t) for t in tensors)
+        always = self.in_phases or self._layout.masks_nonfinite
+        return always or any(self._layout.uses_trust(t) for t in tensors)
 
     def _moments_launches(self, measured: bool) -> list[Launch]:
         layout = self._layout
@@ -385,6 +387,7 @@ class StepPlan:
         rows, warps = _sums(self._chunks)
         constants = {
             "SKIPS": not layout.masks_nonfinite,
+            "PHASES": self.in_phases,
             "COLUMNS": 16 if measured else 4,
             **rows,
         }
@@ -393,7 +396,7 @@ class StepPlan:
             len(self._tensors),
             args,
             constants,
-            example=(device.unused_statistics,),
+            example=(device.partial if self.in_phases else device.unused_statistics,),
             num_warps=warps,
         )
 
@@ -406,22 +409,26 @@ class StepPlan:
                 launches += self._chunk_launches(
                     apply_kernel,
                     self._chunks,
-                    [t for t in members if uses_trust(layout, t) and self._trust(t) is kind],
+                    [t for t in members if layout.uses_trust(t) and self._trust(t) is kind],
                     (_CHUNKS, device.waits, len(self._tensors), *self._pass_args),
                     {
                         **bucket.constants(),
                         "MASKS": layout.masks_nonfinite,
                         "DELAYED": kind is Trust.DELAYED,
+                        "KEEPS_NORM": self.in_phases or kind is Trust.DELAYED,
                     },
                     _STEP_ELEMENTS,
                     programs,
                 )
-        if any(options.trust is Trust.DELAYED for options in layout.options):
+        delays = any(options.trust is Trust.DELAYED for options in layout.options)
+        if delays or (launches and self.in_phases):
             first_row = torch.from_numpy(self._chunks.first_row).to(layout.device)
-            inputs = first_row, device.traits, self._partials, device.work, layout.tensor_state
+            state = device.work, layout.tensor_state, device.partial
+            inputs = first_row, device.traits, self._partials, *state
             rows, warps = _sums(self._chunks)
+            constants = {"PHASES": self.in_phases, **rows}
             launches.append(
-                Launch(param_norm_kernel, len(self._tensors), inputs, rows, num_warps=warps)
+                Launch(param_norm_kernel, len(self._tensors), inputs, constants, num_warps=warps)
             )
         return launches
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import triton.language as tl
 
-from lhopt_fused.types import GROUP_STATE, SCALARS, STATISTICS, TENSOR_STATE, Clip
+from lhopt_fused.types import GROUP_STATE, PARTIAL_SUMS, SCALARS, STATISTICS, TENSOR_STATE, Clip
 
 # Hyperparameters: scalars [G, SCALAR_COLUMNS].
 SCALAR_COLUMNS: Final = tl.constexpr(len(SCALARS))
@@ -151,3 +151,7 @@ S_GRAD_DOT_MOMENTUM: Final = tl.constexpr(STATISTICS.index("grad_dot_momentum"))
 S_MOMENTUM_SQ: Final = tl.constexpr(STATISTICS.index("momentum_sq"))
 S_SAME_SIGN_MOMENTUM: Final = tl.constexpr(STATISTICS.index("count_same_sign_momentum"))
 S_SAME_SIGN_GRAD: Final = tl.constexpr(STATISTICS.index("count_same_sign_grad"))
+
+# What pieces add to their statistics: partial [T, PARTIAL_COLUMNS], statistics and one more.
+PARTIAL_COLUMNS: Final = tl.constexpr(len(PARTIAL_SUMS))
+P_NEW_PARAM_SQ: Final = tl.constexpr(PARTIAL_SUMS.index("new_param_sq"))

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.optimizer import MeasuredOptimizer
+from lhopt_fused.ranks import RankGroup
 from lhopt_fused.types import NonFinite, Rounding, StepOptions
 
 __all__ = ["AdamW"]
@@ -34,7 +35,7 @@ class AdamW(MeasuredOptimizer):
         foreach, capturable, fused: accepted for compatibility; the backend decides.
         differentiable: not supported; must be False.
         inner_feature_frequency, backend, nonfinite, keep_grad_signs, master_weights, rounding,
-            rounding_seed: as for :class:`CIAO`.
+            rounding_seed, process_group: as for :class:`CIAO`.
 
     Raises:
         ValueError, TypeError: a bad hyperparameter or parameter, named.
@@ -63,6 +64,7 @@ class AdamW(MeasuredOptimizer):
         master_weights: bool = False,
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
+        process_group: RankGroup = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,6 +88,7 @@ class AdamW(MeasuredOptimizer):
             master_weights=master_weights,
             rounding=rounding,
             rounding_seed=rounding_seed,
+            process_group=process_group,
         )
 
     def _options(self, group: dict[str, Any]) -> StepOptions:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.numbers import LARGEST, number, number_or
 from lhopt_fused.optimizer import MeasuredOptimizer
+from lhopt_fused.ranks import RankGroup
 from lhopt_fused.types import (
     SCALARS,
     Clip,
@@ -88,6 +89,9 @@ class CIAO(MeasuredOptimizer):
             ``"nearest"`` loses updates that are too small for the parameter, ``"stochastic"``
             rounds up or down at random, so that they are there on average.
         rounding_seed: of that randomness; with the same seed, a run gives the same bits.
+        process_group: the ranks that train this model together, which see at their first step that
+            they have the same to do. ``"auto"`` takes those that the parameters are sharded over,
+            or else all there are; None says that this rank is on its own.
 
     Raises:
         ValueError, TypeError: a bad hyperparameter or parameter, named.
@@ -132,6 +136,7 @@ class CIAO(MeasuredOptimizer):
         master_weights: bool = False,
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
+        process_group: RankGroup = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -163,6 +168,7 @@ class CIAO(MeasuredOptimizer):
             master_weights=master_weights,
             rounding=rounding,
             rounding_seed=rounding_seed,
+            process_group=process_group,
         )
 
     @classmethod

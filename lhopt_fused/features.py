@@ -168,9 +168,7 @@ class FeatureAccumulator:
         )
         self._rows = self._ring.unbind(0)
         self._used = 0
-        self._numel = torch.tensor(
-            [p.numel() for p in layout.params], dtype=torch.float64, device=device
-        )
+        self._numel = torch.tensor(layout.numel, dtype=torch.float64, device=device)
         self._group_of = torch.tensor(layout.group_of, device=device)
         self._run_of = torch.tensor(layout.run_of, device=device)
         group_clips = torch.tensor([o.clip is not Clip.NONE for o in layout.options], device=device)

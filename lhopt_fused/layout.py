@@ -217,6 +217,7 @@ def bind_layout(
     rounding: Rounding,
     rounding_seed: int,
     master_weights: bool,
+    whole_numel: list[int] | None = None,
 ) -> StepLayout:
     """Allocate what is missing in ``states`` and ``groups`` and bind all of it into one layout.
 
@@ -265,6 +266,7 @@ def bind_layout(
         ),
         rounding=rounding,
         rounding_seed=rounding_seed,
+        whole_numel=whole_numel,
     )
     if not master_weights:
         for state in states:

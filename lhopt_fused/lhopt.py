@@ -20,7 +20,9 @@ from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
 from lhopt_fused.policy.plain import moved
+from lhopt_fused.ranks import Ranks
 from lhopt_fused.registers import RestartRegisters, state_bytes
+from lhopt_fused.sharding import is_piece
 from lhopt_fused.types import HYPERPARAMETERS, INNER_FEATURES
 
 __all__ = ["LHOPT"]
@@ -52,6 +54,9 @@ class LHOPT(CIAO):
             optimizer.observe(train_loss=loss)
             optimizer.step()
             optimizer.zero_grad()
+
+    Under DDP and FSDP2 every rank takes the same decision, from the losses of all ranks, which is
+    checked to be the same bit for bit; every rank has to do the same steps.
 
     Args:
         params: parameters or param groups. Every group's hyperparameters are moved alike; those
@@ -125,6 +130,11 @@ class LHOPT(CIAO):
         self._said_over = False
         keywords = {**LHOPT_START, **self.policy.start_hyperparameters, **start}
         super().__init__(params, backend=backend, **keywords)
+        if restart_registers and any(map(is_piece, self._all_params())):
+            raise ValueError(
+                "restart registers hold whole tensors: use a policy without them where parameters "
+                "are sharded"
+            )
         self._start = self._hyperparameters(self.param_groups[0])
         self._left_lr: list[float] = []
         self._losses = torch.zeros(2, dtype=torch.float64, device=self._all_params()[0].device)
@@ -199,9 +209,11 @@ class LHOPT(CIAO):
             self.observe(eval_loss=self.eval_fn())
         previous = self.history[-1].inner_step if self.history else 0
         features, losses = self._pop_measured(self._loss_sums())
+        counts: Sequence[float] = self._observed
+        if (ranks := self._met_ranks()) is not None:
+            features, losses, counts = _shared(ranks, self._losses.device, features, losses, counts)
         train_loss, eval_loss = (
-            loss / count if count else None
-            for loss, count in zip(losses, self._observed, strict=True)
+            loss / count if count else None for loss, count in zip(losses, counts, strict=True)
         )
         self._losses.zero_()
         self._observed = [0, 0]
@@ -223,10 +235,30 @@ class LHOPT(CIAO):
                 register_progress=_padded(self.registers.progress),
             )
         )
+        if ranks is not None:
+            ranks.check_agreement(self._decided(decision))
         self._apply(decision)
         register = REGISTER_CHOICES[decision.register]
         self._use_register(register, train_loss, progress)
         self._record(features, train_loss, eval_loss, decision, register)
+
+    def _said(self) -> dict[str, Any]:
+        run = [self.total_steps, self.outer_steps, self._done_steps, len(self.registers)]
+        return {
+            **super()._said(),
+            "the policy": [self.policy.name, _fingerprint(self.policy), self._draws],
+            "total_steps, outer_steps, steps done and restart registers": run,
+            "whether there is an eval_fn": self.eval_fn is not None,
+        }
+
+    def _decided(self, decision: RunDecision) -> dict[str, Any]:
+        """By topic, what every rank must decide alike."""
+        memory = hashlib.sha256(self._policy_run.get_state().tobytes())
+        return {
+            "the decision": [decision.register, np.asarray(decision.shifts).tolist()],
+            "the hyperparameters": np.asarray(decision.hyperparameters).tolist(),
+            "the policy's memory": memory.hexdigest(),
+        }
 
     def _apply(self, decision: RunDecision) -> None:
         """Move every group's hyperparameters; all or none."""
@@ -329,7 +361,7 @@ class LHOPT(CIAO):
         layout = self._run.layout
         state = {"tensor_state": layout.tensor_state, "group_state": layout.group_state}
         per_tensor: dict[str, Sequence[torch.Tensor | None]] = {
-            "param": [p.detach() for p in self._run.params],
+            "param": [p.detach() for p in self._run.pieces],
             "exp_avg": layout.exp_avgs,
             "exp_avg_sq": layout.exp_avg_sqs,
             "grad_signs": layout.grad_signs or [],
@@ -398,6 +430,8 @@ class LHOPT(CIAO):
                 f"the state dict has {len(saved['registers']['held'])} restart registers, the "
                 f"optimizer {len(self.registers)}"
             )
+        self._check_saved(state_dict)
+        self.registers.load_state_dict(saved["registers"])
         super().load_state_dict(state_dict)
         self._policy_run.set_state(saved["policy_state"].cpu().numpy())
         self._done_steps = saved["done_steps"]
@@ -405,7 +439,6 @@ class LHOPT(CIAO):
         self._left_lr = list(saved["left_lr"])
         self._losses.copy_(saved["losses"])
         self._observed = list(saved["observed"])
-        self.registers.load_state_dict(saved["registers"])
         self.history = [OuterStep(**step) for step in saved["history"]]
 
 
@@ -438,6 +471,28 @@ def _one_number(loss: Loss, device: torch.device) -> float | torch.Tensor:
     if device.type == "cpu":
         return float(loss.item())
     return loss.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+
+
+def _shared(
+    ranks: Ranks,
+    device: torch.device,
+    features: dict[str, float],
+    losses: Sequence[float],
+    counts: Sequence[float],
+) -> tuple[dict[str, float], list[float], list[float]]:
+    """What every rank decides on: losses and their counts over all ranks, rank 0's features."""
+    observed = torch.tensor([*losses, *counts], dtype=torch.float64, device=device)
+    ranks.sum(observed)
+    table = torch.tensor([*features.values()], dtype=torch.float64, device=device)
+    table = torch.cat([table, observed])
+    ranks.copy_from_first(table)
+    numbers = table.tolist()
+    size, kinds = len(features), len(losses)
+    return (
+        dict(zip(features, numbers[:size], strict=True)),
+        numbers[size : size + kinds],
+        numbers[size + kinds :],
+    )
 
 
 def _padded(values: Sequence[float]) -> list[float]:

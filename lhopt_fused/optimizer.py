@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import abstractmethod
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
-from lhopt_fused.kernels import BackendName, StepBackend, get_backend, resolve_backend
+from lhopt_fused.kernels import BackendName, PhasedBackend, get_backend, resolve_backend
+from lhopt_fused.kernels.gradients import Grads
 from lhopt_fused.layout import (
     DenseViews,
     bind_layout,
@@ -27,6 +29,18 @@ from lhopt_fused.layout import (
 )
 from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.placement import Sight, place
+from lhopt_fused.ranks import RankGroup, Ranks, is_sharded, local_tensor, ranks_of
+from lhopt_fused.sharding import (
+    PendingSums,
+    PiecePlacement,
+    ShardedStep,
+    counts_here,
+    describe,
+    grad_piece,
+    is_piece,
+    pieces,
+    placed,
+)
 from lhopt_fused.types import (
     EXTRA_FEATURES,
     INNER_FEATURES,
@@ -41,36 +55,67 @@ from lhopt_fused.types import (
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
+_VERSION = 1  # of what a state dict holds under that key
 _ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "master_param")  # state of its shape
 
 
 class _Run:
-    """One binding of parameters, state and backend; replaced when any of them changes."""
+    """One binding of parameters, state and backend; replaced when any of them changes.
+
+    ``pieces`` are the parameters as far as this rank has them.
+    """
 
     def __init__(
         self,
         params: list[torch.Tensor],
+        pieces: list[torch.Tensor],
         views: DenseViews,
         states: list[dict[str, Any]],
-        backend: StepBackend,
+        backend: PhasedBackend,
     ) -> None:
         self.params = params
+        self.pieces = pieces
         self.views = views
         self.backend = backend
+        self.sharded: ShardedStep | None = None
         self.layout = backend.layout
-        self.placement = place(params, views, states, self.layout.exp_avgs)
+        is_placed = any(mine is not param for mine, param in zip(pieces, params, strict=True))
+        find = PiecePlacement if is_placed else place
+        self.placement = find(params, views, states, [state["exp_avg"] for state in states])
         self.features = FeatureAccumulator(
             self.layout, getattr(backend, "accumulate_features", None)
         )
         self.last_statistics: torch.Tensor | None = None
         self.is_new = True
 
+    def step(self, grads: Grads, measures: bool) -> None:
+        """One step of the backend, statistics included where they are wanted."""
+        if self.sharded is not None:
+            self.sharded.step(grads, measures)
+            return
+        statistics = self.features.next_statistics() if measures else None
+        self.backend.step(grads, statistics)
+        if statistics is not None:
+            self.features.recorded()
+            self.last_statistics = statistics
+
+    def record(self, whole: torch.Tensor) -> None:
+        """Take in the statistics of a step over pieces, once they are whole."""
+        self.last_statistics = self.features.next_statistics().copy_(whole)
+        self.features.recorded()
+
+    def settle(self) -> None:
+        """See that nothing of the last step is pending: a collective where tensors are sharded."""
+        if self.sharded is not None:
+            self.sharded.settle()
+
     def dense_grads(self) -> list[torch.Tensor | None]:
-        """The gradients, each checked, as the backend reads them."""
-        grads = [p.grad for p in self.params]
+        """The gradients, as far as this rank has them, each checked, as the backend reads them."""
+        grads = list(itertools.starmap(grad_piece, enumerate(self.params)))
         for index, grad in enumerate(grads):
             if grad is not None:
-                check_grad(index, self.params[index], grad)
+                check_grad(index, self.pieces[index], grad)
         return [
             None if grad is None else self.views.grad(index, grad)
             for index, grad in enumerate(grads)
@@ -85,6 +130,7 @@ class MeasuredOptimizer(Optimizer):
 
     _values_of: ClassVar[itemgetter[Any]]  # what a step reads of a param group beside "lr"
     _carried_keys: ClassVar[tuple[str, ...]] = (_STATE_KEY,)  # of a state dict, beside torch's
+    _process_group: RankGroup = "auto"
 
     def __init__(
         self,
@@ -98,6 +144,7 @@ class MeasuredOptimizer(Optimizer):
         rounding: Rounding,
         rounding_seed: int,
         master_weights: bool,
+        process_group: RankGroup,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
@@ -121,11 +168,16 @@ class MeasuredOptimizer(Optimizer):
             "rounding_seed": rounding_seed,
             "master_weights": master_weights,
         }
+        if process_group != "auto":
+            self._process_group = process_group
         self._reset_run()
         super().__init__(params, defaults)
 
     def _reset_run(self) -> None:
         self._run: _Run | None = None
+        self._pending: PendingSums | None = None
+        self._ranks: Ranks | None = None
+        self._has_met = False
         self._group_lrs: list[Any] = []
         self._group_values: list[tuple[Any, ...]] = []
         self._group_options: list[StepOptions] = []
@@ -175,20 +227,25 @@ class MeasuredOptimizer(Optimizer):
         if not tensors:
             raise ValueError(f"{where} has no parameters; leave empty groups out")
         if all(isinstance(p, torch.Tensor) for p in tensors):  # else torch says what is wrong
-            check_params(tensors, where)
-            check_disjoint([*self._all_params(), *tensors])
+            mine = pieces(tensors, where)
+            check_params(mine, where)
+            check_disjoint([*map(local_tensor, self._all_params()), *mine])
         checked = {**self.defaults, **group}
         self._options(checked)
         _learning_rate(checked)
         self._scalars(checked)
+        self._settle()
         super().add_param_group(group)
         self._group_values = []
         self._retire_run()
+        self._pending = None
+        self._has_met = False
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # compiled loops call it as it is, as they do torch's zero_grad
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one inner step with the gradients at hand.
 
@@ -213,6 +270,7 @@ class MeasuredOptimizer(Optimizer):
     def _step(self, loss: float | None) -> None:
         """One inner step; ``loss`` is what the closure returned, if there was one."""
         scalars_changed = self._read_groups()
+        self._met_ranks()
         run, is_ready = self._current_run()
         if run is None:
             return
@@ -220,18 +278,37 @@ class MeasuredOptimizer(Optimizer):
             grads = run.placement.gradients if is_ready else run.dense_grads()
             if scalars_changed or run.is_new:
                 self._push_scalars(run)
-            statistics = run.features.next_statistics() if self._measures_now() else None
             run.views.load()
-            run.backend.step(grads, statistics)
+            run.step(grads, self._measures_now())
             run.views.store()
         finally:
             run.placement.let_go()
         run.is_new = False
-        if statistics is not None:
-            run.features.recorded()
-            run.last_statistics = statistics
         self._inner_step += 1
         self._report_nonfinite(run)
+
+    def _met_ranks(self) -> Ranks | None:
+        """The ranks that train this model; at first, see that they have the same to do."""
+        if not self._has_met:
+            self._read_groups()
+            ranks = ranks_of(self._all_params(), self._process_group)
+            if ranks is not None:
+                ranks.check_agreement(self._said())
+            self._ranks, self._has_met = ranks, True
+        return self._ranks
+
+    def _said(self) -> dict[str, Any]:
+        """By topic, what every rank must have alike."""
+        settings = {name: value for name, value in self._settings.items() if name != "backend"}
+        return {
+            "parameters": [list(map(describe, group["params"])) for group in self.param_groups],
+            "options": [self._group_options, settings],
+            "hyperparameters": self._group_scalars.tolist(),
+        }
+
+    def _settle(self) -> None:
+        if self._run is not None:
+            self._run.settle()
 
     def _measures_now(self) -> bool:
         frequency = self._settings["inner_feature_frequency"]
@@ -263,6 +340,7 @@ class MeasuredOptimizer(Optimizer):
         Returns:
             Means of :data:`ACCUMULATED` by name, NaN where not measured, and what came along.
         """
+        self._settle()
         self._inner_step = 0
         size = len(ACCUMULATED)
         if self._run is not None:
@@ -279,11 +357,13 @@ class MeasuredOptimizer(Optimizer):
         Returns:
             Name -> float64 ``[number of parameters]``, in the order of the parameters over all
             groups, on their device; the names are those of :data:`lhopt_fused.types.STATISTICS`.
-            Parameters that never had a gradient have zeros throughout.
+            Parameters that never had a gradient have zeros throughout. Of sharded parameters, the
+            sums are those of the whole tensors, and every rank must call this.
 
         Raises:
             RuntimeError: no step with statistics has been done yet.
         """
+        self._settle()
         if self._run is None or self._run.last_statistics is None:
             raise RuntimeError(
                 "no step has taken statistics yet: call step() first, and see that "
@@ -412,49 +492,96 @@ class MeasuredOptimizer(Optimizer):
     def _bind(self, params: list[torch.Tensor]) -> _Run:
         """Lay out ``params`` for the backend; on an error nothing has changed."""
         self._retire_run()
-        check_params(params, "param_groups")
-        check_disjoint(params)
+        mine = pieces(params, "param_groups")
+        self._check_pieces(params)
+        check_params(mine, "param_groups")
+        check_disjoint(mine)
         for index, param in enumerate(params):
-            if param.grad is not None:
-                check_grad(index, param, param.grad)
+            grad = grad_piece(index, param)
+            if grad is not None:
+                check_grad(index, mine[index], grad)
         groups = self.param_groups
         index_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        views = DenseViews(params)
+        views = DenseViews(mine)
         states = [dict(self.state[p]) if p in self.state else {} for p in params]
+        mine_of = [
+            {k: local_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            for state in states
+        ]
         clip_states = [{"clip_state": group.get("clip_state")} for group in groups]
         layout = bind_layout(
-            params,
+            mine,
             views.params,
-            states,
+            mine_of,
             [index_of[id(p)] for p in params],
             clip_states,
             self._group_options,
             keep_grad_signs=self._settings["keep_grad_signs"],
             masks_nonfinite=self._settings["nonfinite"] == "mask",
+            whole_numel=[p.numel() for p in params],
             **self._rounding(),
         )
         layout.skipped_steps.fill_(self._skipped)
-        run = _Run(params, views, states, get_backend(self._backend_name(params), layout))
+        backend = get_backend(self._backend_name(mine), layout)
+        states = list(map(_placed_state, params, states, mine_of))
+        run = _Run(params, mine, views, states, backend)
         if self._feature_sums is not None:
             run.features.sums.copy_(self._feature_sums)
         self.state.update(zip(params, states, strict=True))
         for group, clip_state in zip(groups, clip_states, strict=True):
             group.update(clip_state)
+        self._shard(run)
         self._run = run
         return run
+
+    def _check_pieces(self, params: Sequence[torch.Tensor]) -> None:
+        """Refuse what depends on an element's place in the whole tensor, where there are pieces."""
+        held = list(filter(is_piece, params))
+        halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in held)
+        if held and self._settings["keep_grad_signs"]:
+            raise ValueError(
+                "keep_grad_signs=True packs one bit per element and cannot be resharded; leave it "
+                "out where parameters are sharded"
+            )
+        if halves and self._settings["rounding"] == "stochastic":
+            raise ValueError(
+                "rounding='stochastic' draws by an element's place in the whole tensor, which "
+                "pieces do not know; use master_weights=True where parameters are sharded"
+            )
+
+    def _shard(self, run: _Run) -> None:
+        """Let ``run`` step pieces of tensors, if it has any."""
+        everyone = self._all_params()
+        ranks = self._met_ranks()
+        if ranks is None or not any(map(is_piece, everyone)):
+            return
+        if self._pending is None:
+            self._pending = PendingSums(len(everyone), run.layout.device)
+        place = {id(p): index for index, p in enumerate(everyone)}
+        run.sharded = ShardedStep(
+            run.backend,
+            ranks,
+            rows=[place[id(p)] for p in run.params],
+            counts=[counts_here(p, ranks) for p in everyone],
+            pending=self._pending,
+            record=run.record,
+        )
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under ``"lhopt_fused"`` what the optimizer has measured so far.
 
-        Everything is tensors and plain values: ``torch.load(weights_only=True)`` reads it. A run
-        resumed from it is bit-identical to one that never stopped.
+        Where parameters are sharded, so is their state, and every rank must call this. It is all
+        tensors and plain values: ``torch.load(weights_only=True)`` reads it. A run resumed from it
+        is bit-identical to one that never stopped.
         """
+        self._settle()
         saved = super().state_dict()
         run = self._run
         sums = run.features.folded_sums() if run is not None else self._feature_sums
         measured = {
+            "version": _VERSION,
             "inner_step": self._inner_step,
             "skipped_steps": self.skipped_steps,
             "feature_sums": sums.clone() if sums is not None else None,
@@ -465,15 +592,18 @@ class MeasuredOptimizer(Optimizer):
     @staticmethod
     def _carry(saved: dict[str, Any], key: str, value: dict[str, Any]) -> dict[str, Any]:
         """Put ``value`` into a state dict, and into its first group: it is ``param_groups`` and
-        ``state`` alone that torch.distributed.checkpoint keeps."""
-        saved[key] = saved["param_groups"][0][key] = value
+        ``state`` alone that torch.distributed.checkpoint keeps. In a tuple, it is one thing there:
+        what has more entries than in the optimizer that loads it is kept whole."""
+        saved[key] = value
+        saved["param_groups"][0][key] = (value,)
         return saved
 
     @staticmethod
     def _carried(state_dict: dict[str, Any], key: str) -> dict[str, Any] | None:
         """What :meth:`_carry` has put there; None if there is nothing."""
         places = (state_dict, *state_dict.get("param_groups", ()))
-        return next((place[key] for place in places if key in place), None)
+        value = next((place[key] for place in places if key in place), None)
+        return value[0] if isinstance(value, tuple) else value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.
@@ -481,8 +611,10 @@ class MeasuredOptimizer(Optimizer):
         How 16-bit parameters are rounded comes with it, like what is in ``param_groups``.
 
         Raises:
-            ValueError: the saved groups do not fit the ones here.
+            ValueError: the saved groups or tensors do not fit the ones here, or a newer version
+                has saved them; nothing has changed.
         """
+        self._check_saved(state_dict)
         groups = [
             {name: value for name, value in group.items() if name not in self._carried_keys}
             for group in state_dict["param_groups"]
@@ -496,12 +628,45 @@ class MeasuredOptimizer(Optimizer):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
         measured = self._carried(state_dict, _STATE_KEY) or {}
         self._settings |= {name: measured[name] for name in _ROUNDING if name in measured}
-        self._run = None
+        self._run = self._pending = None
         self._group_values = []
         self._inner_step = measured.get("inner_step", 0)
         self._skipped = measured.get("skipped_steps", 0)
         sums = measured.get("feature_sums")
         self._feature_sums = sums.clone() if sums is not None else None
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state dict that does not fit, before anything is written."""
+        version = (self._carried(state_dict, _STATE_KEY) or {}).get("version", _VERSION)
+        if version > _VERSION:
+            raise ValueError(
+                f"the state dict is of version {version}, this package reads up to {_VERSION}; "
+                "install the newer lhopt-fused that saved it"
+            )
+        saved, here = state_dict["param_groups"], self.param_groups
+        if len(saved) != len(here):
+            raise ValueError(f"the state dict has {len(saved)} param_groups, here are {len(here)}")
+        params: dict[Any, tuple[str, torch.Tensor]] = {}
+        for position, (group, mine) in enumerate(zip(saved, here, strict=True)):
+            _check_same_params(position, group, mine)
+            for index, saved_id in enumerate(group["params"]):
+                name = f"param_groups[{position}]['params'][{index}]"
+                params[saved_id] = name, mine["params"][index]
+        if unknown := sorted(map(str, state_dict["state"].keys() - params.keys())):
+            raise ValueError(f"the state dict has state of parameters in no group: {unknown}")
+        for saved_id, state in state_dict["state"].items():
+            name, param = params[saved_id]
+            for key in _LIKE_PARAMETER:
+                if key in state and state[key].shape != param.shape:
+                    raise ValueError(
+                        f"state {key!r} of {name} has shape {tuple(state[key].shape)}, the "
+                        f"parameter {tuple(param.shape)}; was it saved from another model?"
+                    )
+                if key in state and is_piece(param) and not is_sharded(state[key]):
+                    raise ValueError(
+                        f"state {key!r} of {name} is a whole tensor, but the parameter is sharded; "
+                        "load it through torch.distributed.checkpoint.state_dict"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         measured = self.state_dict()[_STATE_KEY]
@@ -523,6 +688,31 @@ class MeasuredOptimizer(Optimizer):
 
 def _learning_rate(group: dict[str, Any]) -> float:
     return number(group, "lr", 0, LARGEST)
+
+
+def _check_same_params(number: int, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a saved group of other parameters, by name where both have names."""
+    key = "param_names" if "param_names" in saved and "param_names" in here else "params"
+    names, own = ([*g[key]] if key == "param_names" else range(len(g[key])) for g in (saved, here))
+    missing, extra = [x for x in own if x not in names], [x for x in names if x not in own]
+    if missing or extra:
+        raise ValueError(
+            f"param_groups[{number}] of the state dict does not fit: it lacks the parameters "
+            f"{missing} and has {extra}, which are not here"
+        )
+
+
+def _placed_state(
+    param: torch.Tensor, state: dict[str, Any], mine: dict[str, Any]
+) -> dict[str, Any]:
+    """``mine``, state of a piece, laid out like its parameter; as it was where it is the same."""
+    result = dict(mine)
+    for name in _LIKE_PARAMETER:
+        if name in mine:
+            held = state.get(name)
+            is_same = held is not None and local_tensor(held) is mine[name]
+            result[name] = held if is_same else placed(mine[name], param)
+    return result
 
 
 def _listed(params: Any) -> Any:

@@ -113,7 +113,7 @@ class PythonPlacement(Placement):
         exp_avgs: list[torch.Tensor],
     ) -> None:
         self._params, self._states, self._exp_avgs = params, states, exp_avgs
-        self._pointers = _pointers(params)
+        self._pointers = self._pointers_of(params)
         self._bound_ids = set(map(id, params))
         self._forms = [(p.device, p.shape, p.stride(), p) for p in views.params]
         self._seen: tuple[list[int], list[torch.dtype | None]] | None = None
@@ -125,7 +125,7 @@ class PythonPlacement(Placement):
         if not self._binds([p for group in groups for p in group["params"]]):
             return Sight.UNBOUND
         table = self.gradients
-        table.tensors[:] = grads = [p.grad for p in self._params]
+        table.tensors[:] = grads = self._grads()
         try:
             seen = (
                 [0 if g is None else g.data_ptr() for g in grads],
@@ -142,6 +142,12 @@ class PythonPlacement(Placement):
             self._seen = seen
         return Sight.READY
 
+    def _pointers_of(self, params: Sequence[torch.Tensor]) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, params))
+
+    def _grads(self) -> list[torch.Tensor | None]:
+        return [p.grad for p in self._params]
+
     def _binds(self, params: list[torch.Tensor]) -> bool:
         """Whether it is these parameters, and they and their moments are where they were."""
         if len(params) != len(self._params):
@@ -153,7 +159,7 @@ class PythonPlacement(Placement):
             return (
                 len(params) == len(self._params)
                 and all(map(operator.is_, params, self._params))
-                and self._pointers == _pointers(params)
+                and self._pointers == self._pointers_of(params)
                 and all(map(operator.is_, map(_EXP_AVG, self._states), self._exp_avgs))
             )
         except KeyError:  # someone has taken a moment out of the state
@@ -170,7 +176,3 @@ class PythonPlacement(Placement):
             and grad.shape == shape
             and (grad.stride() == stride or same_memory_order(grad, view))
         )
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return list(map(torch.Tensor.data_ptr, tensors))

@@ -13,9 +13,11 @@ import torch
 
 __all__ = [
     "EXTRA_FEATURES",
+    "GRADIENT_SUMS",
     "GROUP_STATE",
     "HYPERPARAMETERS",
     "INNER_FEATURES",
+    "PARTIAL_SUMS",
     "SCALARS",
     "STATISTICS",
     "STEP_NORMS",
@@ -25,6 +27,7 @@ __all__ = [
     "Denominator",
     "NonFinite",
     "NonFiniteGradientError",
+    "RanksDisagreeError",
     "Rounding",
     "StepLayout",
     "StepOptions",
@@ -97,6 +100,20 @@ STATISTICS: Final = (
     "count_same_sign_grad",  # #(sign g_t = sign g_{t-1}); NaN unless gradient signs are kept
 )
 """Columns of :attr:`StepLayout.statistics`: raw sums of one tensor in one inner step."""
+
+GRADIENT_SUMS: Final = (
+    "present",  # 1 where the tensor has a gradient
+    "nonfinite",  # more than 0 where it holds NaN or inf
+    "sum_sq",  # |g|^2 of its finite elements, before clipping
+)
+"""What a step sums over ranks before it changes anything."""
+
+PARTIAL_SUMS: Final = (
+    *STATISTICS,
+    "new_param_sq",  # |p|^2 after the step, of tensors with a trust ratio
+)
+"""What a piece of a tensor adds to its statistics. From ``grad_sq`` on, these are sums over the
+elements of the piece; the columns before it say the same on every rank."""
 
 INNER_FEATURES: Final = (
     "did_grad_clip",
@@ -215,10 +232,22 @@ class StepLayout:
     master_params: list[torch.Tensor | None] | None = None  # None for each float32 parameter
     rounding: Rounding = "nearest"  # of 16-bit parameters that have no master
     rounding_seed: int = 0  # of stochastic rounding
+    whole_numel: list[int] | None = None  # [T] where params are pieces of tensors; else None
 
     @property
     def device(self) -> torch.device:
         return self.scalars.device
+
+    @property
+    def numel(self) -> list[int]:
+        """Elements of the whole tensors ``[T]``."""
+        return self.whole_numel or [p.numel() for p in self.params]
+
+    def uses_trust(self, tensor: int) -> bool:
+        """Whether the step of a tensor is scaled by a trust ratio."""
+        options = self.options[self.group_of[tensor]]
+        ignored = options.trust_ignores_vectors and self.is_vector[tensor]
+        return options.trust is not Trust.NONE and not ignored
 
 
 NonFinite = Literal["skip", "mask", "raise"]
@@ -232,6 +261,10 @@ an error.
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for cannot run here; the message says why and what to do."""
+
+
+class RanksDisagreeError(RuntimeError):
+    """Ranks that step one model together do not say the same; raised on each of them."""
 
 
 class NonFiniteGradientError(FloatingPointError):

@@ -42,6 +42,16 @@ STATISTICS: Final = {
     torch.bfloat16: Tolerance(2e-6),
     torch.float16: Tolerance(2e-6),
 }
+SHARDED: Final = {
+    # a run over pieces against the whole, relative to the largest number of a tensor or statistic:
+    # sums add up in another order, and the tails of vectors are elsewhere
+    "reference": Tolerance(1e-14),
+    "cpu": Tolerance(2e-6, absolute=1e-7),
+    "triton": Tolerance(4e-6, absolute=1e-7),
+}
+SHARDED_RUN: Final = Tolerance(1e-5)
+# a training run on several ranks against one on another number of them, relative to the largest
+# number of a tensor: gradients are means in another order, and decisions carry it on
 FUSED_FEATURES: Final = Tolerance(1e-12, absolute=1e-12)
 # means of features in float64 in another order; relative to the feature
 FUSED_LOGITS: Final = Tolerance(0.0, absolute=1e-7)

@@ -73,11 +73,13 @@ def of_run(batch: Observation, run: int) -> RunObservation:
     )
 
 
-def random_network(seed: int, hidden: int = 32, head_hidden: int = 16) -> PolicyNetwork:
+def random_network(
+    seed: int, hidden: int = 32, head_hidden: int = 16, space: ActionSpace = SPACE
+) -> PolicyNetwork:
     """A network whose every weight, bias and statistic is random; heads that have opinions."""
     generator = torch.Generator().manual_seed(seed)
     network = PolicyNetwork(
-        NetworkShape(len(FEATURES), SPACE.head_sizes, hidden, head_hidden)
+        NetworkShape(len(FEATURES), space.head_sizes, hidden, head_hidden)
     ).eval()
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -96,11 +98,14 @@ def random_network(seed: int, hidden: int = 32, head_hidden: int = 16) -> Policy
     return network
 
 
-def random_policy(seed: int, hidden: int = 32, head_hidden: int = 16) -> LearnedPolicy:
+def random_policy(
+    seed: int, hidden: int = 32, head_hidden: int = 16, registers: bool = True
+) -> LearnedPolicy:
+    space = ActionSpace(ACTIONS, registers)
     return LearnedPolicy.from_network(
-        random_network(seed, hidden, head_hidden),
+        random_network(seed, hidden, head_hidden, space),
         name="random",
-        action_space=SPACE,
+        action_space=space,
         start_hyperparameters=START,
         trained_on={"tasks": ["none"], "episodes": 0},
         commit="0" * 40,

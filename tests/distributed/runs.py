@@ -1,0 +1,158 @@
+"""What ranks do in tests: the same gradients for pieces as for whole tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import CIAO_OPTIONS, make_params, set_grads
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from lhopt_fused import CIAO
+
+STEPS = 9
+CASES = [("reference", "lhopt"), ("reference", "lhopt_delayed")]
+CASES += [("cpu", name) for name in CIAO_OPTIONS]
+
+SHAPES = ((8, 5), (5,), (3, 4, 3), (1,), (), (1, 3), (33, 17), (2, 6))
+"""Of parameters: some have fewer rows than there are ranks, so that pieces are empty."""
+
+
+def sharded_by_rows(ranks: int) -> list[Any]:
+    """As FSDP2 does: everything along its first dimension; a scalar is copied."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    return [(mesh, (Shard(0),) if shape else (Replicate(),)) for shape in SHAPES]
+
+
+def sharded_in_many_ways(ranks: int) -> list[Any]:
+    """A tensor-parallel mesh, parts of it, copies, plain tensors: one of each."""
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "model"))
+    data = mesh["data"]
+    return [
+        (mesh, (Shard(0), Shard(1))),
+        (data, (Shard(0),)),
+        (mesh, (Replicate(), Shard(1))),
+        None,
+        None,
+        (mesh, (Shard(1), Replicate())),
+        (mesh, (Shard(0), Shard(0))),
+        (mesh, (Replicate(), Replicate())),
+    ]
+
+
+def place(tensor: torch.Tensor, how: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
+    """A copy of ``tensor``, the same on every rank, laid out as said."""
+    return tensor.clone() if how is None else distribute_tensor(tensor.clone(), *how)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole tensor, on every rank."""
+    held = tensor.detach()
+    return held.full_tensor() if isinstance(held, DTensor) else held.clone()
+
+
+class Twins:
+    """A model in pieces, and the same one whole, which takes the same steps on its own."""
+
+    def __init__(self, layout: list[Any], options: dict[str, Any], **keywords: Any) -> None:
+        self.layout = layout
+        self.single = make_params(shapes=SHAPES)
+        self.sharded = [
+            torch.nn.Parameter(place(p.detach(), how))
+            for p, how in zip(self.single, layout, strict=True)
+        ]
+        self.alone = CIAO(self.groups(self.single), **options, **keywords, process_group=None)
+        self.optimizer = CIAO(self.groups(self.sharded), **options, **keywords)
+
+    @staticmethod
+    def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": params[::2]}, {"params": params[1::2], "lr": 3e-3}]
+
+    def set_grads(self, step: int) -> None:
+        set_grads(self.single, step)
+        for p, q, how in zip(self.single, self.sharded, self.layout, strict=True):
+            q.grad = None if p.grad is None else place(p.grad, how)
+
+    def step(self, step: int) -> None:
+        self.set_grads(step)
+        self.alone.step()
+        self.optimizer.step()
+
+    def messages(self, step: int) -> int:
+        """Take a step, and count the messages of the sharded one."""
+        self.set_grads(step)
+        self.alone.step()
+        with CommDebugMode() as messages:
+            self.optimizer.step()
+        return int(messages.get_total_counts())
+
+
+def trajectory(
+    rank: int,
+    ranks: int,
+    layout: Callable[[int], list[Any]],
+    name: str,
+    steps: int = STEPS,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Both runs of so many steps; what each has reached, pieces first."""
+    twins = Twins(layout(ranks), CIAO_OPTIONS[name], **keywords)
+    for step in range(steps - 2):
+        twins.step(step)
+    messages = [twins.messages(step) for step in range(steps - 2, steps)]
+    both = twins.optimizer, twins.alone
+    statistics = [{k: v.clone() for k, v in o.statistics().items()} for o in both]
+    reached = [whole(p) for p in twins.sharded], [whole(p) for p in twins.single]
+    moments = [
+        [whole(o.state[p]["exp_avg"]) for p in params]
+        for o, params in zip(both, (twins.sharded, twins.single), strict=True)
+    ]
+    norms = [
+        [float(o.state[p]["param_norm"]) for p in params]
+        for o, params in zip(both, (twins.sharded, twins.single), strict=True)
+    ]
+    return {
+        "messages": messages,
+        "params": reached,
+        "moments": moments,
+        "norms": norms,
+        "statistics": statistics,
+        "features": [o.pop_inner_features(extra=True) for o in both],
+        "bits": bits([*reached[0], *moments[0]]),
+    }
+
+
+def bits(tensors: Sequence[torch.Tensor]) -> str:
+    """The same for equal bits alone."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def triton_trajectory(rank: int, ranks: int, name: str, nonfinite: str) -> dict[str, Any]:
+    """A few steps in Triton's interpreter, which is slow."""
+    keywords = {"backend": "triton", "nonfinite": nonfinite, "steps": 3}
+    return trajectory(rank, ranks, sharded_by_rows, name, **keywords)
+
+
+def trajectories(rank: int, ranks: int) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Of every layout, backend and choice of options; a few of them twice."""
+    layouts = [sharded_by_rows] + ([sharded_in_many_ways] if ranks == 4 else [])
+    found = {}
+    for layout in layouts:
+        for backend, name in CASES:
+            key = layout.__name__, backend, name
+            found[key] = trajectory(rank, ranks, layout, name, backend=backend)
+        again = trajectory(rank, ranks, layout, "lhopt", backend="cpu")
+        found[layout.__name__, "again", "lhopt"] = again
+        with pytest.MonkeyPatch.context() as patch:  # copies count each
+            patch.setattr("lhopt_fused.optimizer.counts_here", lambda param, ranks: True)
+            wrong = trajectory(rank, ranks, layout, "lhopt", backend="cpu")
+        found[layout.__name__, "wrong", "lhopt"] = wrong
+    return found

@@ -1,0 +1,242 @@
+"""A small model that ranks train together, its checkpoints, and what can go wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoints
+from distributed.runs import bits, whole
+from policy.samples import random_policy
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from lhopt_fused import CIAO, LHOPT
+
+STEPS, OUTER_STEPS = 12, 4
+
+
+def make_model() -> torch.nn.Sequential:
+    """The same on every rank; no dimension is a multiple of the number of ranks."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3), torch.nn.Linear(3, 1)
+    )
+
+
+def sharded(model: torch.nn.Sequential, ranks: int) -> torch.nn.Sequential:
+    """``model`` under FSDP2."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in (model[0], model[2], model[3]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def make_optimizer(model: torch.nn.Module, **keywords: Any) -> LHOPT:
+    keywords = {
+        "policy": random_policy(0, registers=False),
+        "inner_feature_frequency": 2,
+        **keywords,
+    }
+    return LHOPT(model.parameters(), STEPS, outer_steps=OUTER_STEPS, **keywords)
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: torch.nn.Module, optimizer: LHOPT, first: int, last: int, share: slice) -> None:
+    """Steps on a share of each batch."""
+    for step in range(first, last):
+        x = batch(step)[share]
+        loss = (model(x).squeeze(-1) - x.sum(-1)).square().mean()
+        loss.backward()
+        optimizer.observe(train_loss=loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def reached(model: torch.nn.Module, optimizer: LHOPT) -> dict[str, Any]:
+    params = [whole(p) for p in model.parameters()]
+    moments = [whole(optimizer.state[p]["exp_avg"]) for p in model.parameters()]
+    decided = [dict(step.hyperparameters) for step in optimizer.history]
+    losses = [step.train_loss for step in optimizer.history]
+    return {
+        "params": params,
+        "decided": decided,
+        "losses": losses,
+        "bits": bits([*params, *moments]),
+    }
+
+
+def decisions(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
+    """Under DDP and FSDP2, with a share of the data for each rank, and alone with all of it."""
+    share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    found = {}
+    model: torch.nn.Module
+    for name in ("ddp", "fsdp", "alone"):
+        model = make_model()
+        if name == "ddp":
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        if name == "fsdp":
+            model = sharded(make_model(), ranks)
+        group = None if name == "alone" else "auto"
+        optimizer = make_optimizer(model, process_group=group)
+        train(model, optimizer, 0, STEPS, slice(8) if name == "alone" else share)
+        found[name] = reached(model, optimizer)
+    return found
+
+
+def save(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
+    """A whole checkpoint in ``folder``, or none."""
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    partial = folder.with_suffix(".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while saving
+    dist.barrier()
+    checkpoints.save(state, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        partial.rename(folder)
+    dist.barrier()
+
+
+def load(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    checkpoints.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: int) -> Any:
+    """From one checkpoint, if there is one, to another: what it begins with, what it reaches.
+
+    Every rank sees all data, so that gradients do not depend on the number of ranks.
+    """
+    model = sharded(make_model(), ranks)
+    optimizer = make_optimizer(model)
+    if begins is not None:
+        load(model, optimizer, Path(begins))
+    begun = reached(model, optimizer) if begins is not None else {}
+    train(model, optimizer, first, last, slice(8))
+    save(model, optimizer, Path(ends))
+    return begun, reached(model, optimizer)
+
+
+def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
+    """By what is wrong on the last rank alone, the error that this rank gets."""
+    is_odd = rank == ranks - 1
+    found = {}
+
+    def tries(name: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+        dist.barrier()
+
+    def step(shapes: list[tuple[int, ...]], **keywords: Any) -> None:
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        CIAO(params, **keywords).step()
+
+    def decide(**keywords: Any) -> None:
+        model = make_model()
+        model(batch(0)).sum().backward()
+        make_optimizer(model, **keywords).step()
+
+    tries("shape", lambda: step([(2, 3) if is_odd else (2, 4)]))
+    tries("number", lambda: step([(2, 3)] * (2 if is_odd else 1)))
+    tries("options", lambda: step([(2, 3)], lamb_power=1 if is_odd else None))
+    tries("lr", lambda: step([(2, 3)], lr=1e-3 if is_odd else 1e-2))
+    tries("policy", lambda: decide(policy=random_policy(3 if is_odd else 4, registers=False)))
+    tries("draws", lambda: decide(sample=True, seed=int(is_odd)))
+    tries("presence", lambda: _missing_gradient(ranks, is_odd))
+    return found
+
+
+def _missing_gradient(ranks: int, is_odd: bool) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    params = [
+        torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])) for _ in range(2)
+    ]
+    optimizer = CIAO(params)
+    for step in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        if step == 1 and is_odd:
+            params[1].grad = None
+        optimizer.step()
+
+
+def refusals(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
+    """By what is asked for, the error."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    found = {}
+
+    def parameter(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+        return torch.nn.Parameter(
+            distribute_tensor(torch.ones(4, 3, dtype=dtype), mesh, [Shard(0)])
+        )
+
+    def tries(name: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+
+    def step(param: torch.Tensor, placements: list[Any] | None = None, **keywords: Any) -> None:
+        optimizer = CIAO([param], **keywords)
+        whole_grad = torch.ones(4, 3, dtype=param.dtype)
+        param.grad = distribute_tensor(whole_grad, mesh, placements or [Shard(0)])
+        optimizer.step()
+
+    waiting = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False)
+    tries("partial", lambda: CIAO([torch.nn.Parameter(waiting)]))
+    tries("alone", lambda: step(parameter(), process_group=None))
+    tries("signs", lambda: step(parameter(), keep_grad_signs=True))
+    tries("stochastic", lambda: step(parameter(torch.bfloat16), rounding="stochastic"))
+    tries("placements", lambda: step(parameter(), [Replicate()]))
+    tries(
+        "registers",
+        lambda: LHOPT([parameter()], 4, policy=random_policy(0), restart_registers=3),
+    )
+    return found
+
+
+def one_dies(rank: int, ranks: int, how: str) -> str:
+    """The last rank dies or sleeps in the middle; the error that the others get."""
+    model = sharded(make_model(), ranks)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 0, 2, slice(8))
+    if rank == ranks - 1 and how == "dies":
+        os._exit(1)
+    if rank == ranks - 1:
+        time.sleep(10)
+    for param in model.parameters():  # no collective of the model's own
+        param.grad = torch.zeros_like(param)
+    try:
+        optimizer.step()
+        optimizer.step()
+    except RuntimeError as error:
+        return type(error).__name__
+    return ""
