@@ -163,14 +163,23 @@ def test_a_backend_that_is_not_available(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_state_of_another_model() -> None:
     params, other = make_params(shapes=[(3,)]), make_params(shapes=[(4,)])
-    optimizer = AdamW(params)
+    optimizer = AdamW(params, lr=0.5)
     for _ in trajectory(optimizer, params, 1):
         pass
+    saved = optimizer.state_dict()
     second = AdamW(other)
-    second.load_state_dict(optimizer.state_dict())
-    set_grads(other, 0)
     with pytest.raises(ValueError, match="saved from another model"):
-        second.step()
+        second.load_state_dict(saved)
+    newer = {**saved, "lhopt_fused": {**saved["lhopt_fused"], "version": 99}}
+    with pytest.raises(ValueError, match="version 99"):
+        AdamW(params).load_state_dict(newer)
+    wider = AdamW(make_params(shapes=[(3,), (2,)]))
+    with pytest.raises(ValueError, match=r"lacks the parameters \[1\] and has \[\]"):
+        wider.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"lacks the parameters \[\] and has \[1\]"):
+        optimizer.load_state_dict(wider.state_dict())
+    assert not second.state
+    assert second.param_groups[0]["lr"] == 1e-3
 
 
 # ---------------------------------------------------------------------- NaN and inf
