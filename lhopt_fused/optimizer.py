@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_args, overload
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -245,7 +246,7 @@ class MeasuredOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # compiled loops call it as it is, as they do torch's zero_grad
+    @_disable_dynamo  # compiled loops call it as it is, as they do zero_grad
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one inner step with the gradients at hand.
 
