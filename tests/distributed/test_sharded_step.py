@@ -47,7 +47,7 @@ def test_is_bit_identical_on_every_rank_and_in_every_run(
         found[ranks][0][layout, k, "lhopt"]["bits"] for k in ("cpu", "again", "wrong")
     )
     assert once == again
-    assert (once != wrong) == (layout == "sharded_in_many_ways")
+    assert once != wrong  # each layout has a tensor of which every rank has a copy
 
 
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
