@@ -205,8 +205,10 @@ def param_norm_kernel(
     """
     tensor = tl.program_id(0).to(tl.int64)
     row_ptr = work_ptr + tensor * WORK_COLUMNS
-    is_deferred = (tl.load(row_ptr + W_ACTIVE) != 0.0) & (tl.load(row_ptr + W_DEFERRED) != 0.0)
-    if is_deferred & (PHASES | ((tl.load(traits_ptr + tensor) & DELAYS_TRUST) != 0)):
+    remembers = (tl.load(row_ptr + W_ACTIVE) != 0.0) & (tl.load(row_ptr + W_DEFERRED) != 0.0)
+    if not PHASES:
+        remembers &= (tl.load(traits_ptr + tensor) & DELAYS_TRUST) != 0
+    if remembers:
         begin, end = tl.load(first_row_ptr + tensor), tl.load(first_row_ptr + tensor + 1)
         total = tl.zeros([ROWS], tl.float64)
         for first in range(begin, end, ROWS):

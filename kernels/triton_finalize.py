@@ -149,18 +149,20 @@ def finalize_kernel(
     nonfinite = pick(sums, MASKED)
     if SKIPS | PHASES:
         nonfinite = tl.load(work_row_ptr + W_NONFINITE)
-    if (not SKIPS) & (nonfinite > 0.0):
-        # The first tensor of a run that arrives here counts the step.
-        tl.store(coefficients_ptr + tensor * COEFFICIENT_COLUMNS + C_MASKED, 1.0)
-        run = tl.load(groups_ptr + group * MEMBERSHIP_COLUMNS + G_RUN)
-        if tl.atomic_xchg(seen_ptr + run, 1) == 0:
-            tl.store(skipped_steps_ptr + run, tl.load(skipped_steps_ptr + run) + 1)
+    if not SKIPS:  # noqa: SIM102 - no constant joins a tensor in the interpreter of triton 3.3
+        if nonfinite > 0.0:
+            # The first tensor of a run that arrives here counts the step.
+            tl.store(coefficients_ptr + tensor * COEFFICIENT_COLUMNS + C_MASKED, 1.0)
+            run = tl.load(groups_ptr + group * MEMBERSHIP_COLUMNS + G_RUN)
+            if tl.atomic_xchg(seen_ptr + run, 1) == 0:
+                tl.store(skipped_steps_ptr + run, tl.load(skipped_steps_ptr + run) + 1)
 
     trust = tl.load(work_row_ptr + W_TRUST)
-    if (not PHASES) & is_active & ((traits & USES_TRUST) != 0):
-        state_ptr = tensor_state_ptr + tensor * STATE_COLUMNS
-        exact = advance_trust(sums, traits, scalar_ptr, state_ptr, deferred)
-        trust = tl.where(deferred != 0.0, exact, trust)
+    if not PHASES:  # noqa: SIM102 - likewise
+        if is_active & ((traits & USES_TRUST) != 0):
+            state_ptr = tensor_state_ptr + tensor * STATE_COLUMNS
+            exact = advance_trust(sums, traits, scalar_ptr, state_ptr, deferred)
+            trust = tl.where(deferred != 0.0, exact, trust)
     step_size = tl.load(work_row_ptr + W_RATE) * trust
     is_decoupled = (traits & DECOUPLED_DECAY) != 0
     decay = tl.where(is_decoupled, 1.0 - step_size * tl.load(scalar_ptr + WEIGHT_DECAY), 1.0)
