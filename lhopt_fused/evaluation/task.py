@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar, Final, Literal
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "Task",
     "epochs",
     "find_data",
+    "find_package",
 ]
 
 Size = Literal["small", "full"]
@@ -41,6 +44,20 @@ Batch = tuple[torch.Tensor, ...]
 
 class DataError(Exception):
     """Data that is missing or damaged; says which, what was expected and where to get it."""
+
+
+def find_package(name: str, who_needs: str) -> ModuleType:
+    """A package that one task alone takes; ``who_needs`` begins the sentence that it is missing.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{who_needs} the package {name} ({error}); run: pip install 'lhopt-fused[eval]'"
+        ) from error
 
 
 @dataclass(frozen=True)

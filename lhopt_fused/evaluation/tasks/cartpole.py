@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 
-from lhopt_fused.evaluation.task import Batch, DataError, Scores, Size, Split, Task
+from lhopt_fused.evaluation.task import Batch, Scores, Size, Split, Task, find_package
 from lhopt_fused.meta.ppo import (
     clipped_policy_loss,
     generalised_advantages,
@@ -89,7 +87,7 @@ class CartPole(Task):
     eval_batch_size = 64
 
     def __init__(self, size: Size, data_dir: Path | None = None) -> None:
-        self.gymnasium = _gymnasium()
+        self.gymnasium = find_package("gymnasium", "the task cartpole needs")
         small = size == "small"
         seeds = torch.arange(100_000)
         held_out: dict[Split, Batch] = {"policy_eval": (seeds[:16],), "report": (seeds[16:80],)}
@@ -179,13 +177,3 @@ def _learned_from(played: _Episodes) -> Batch:
     advantages = generalised_advantages(rewards, played.values, played.mask, _DISCOUNT, _LAMBDA)
     found = (played.states, played.actions, played.log_probs, advantages)
     return tuple(tensor[played.mask] for tensor in (*found, advantages + played.values))
-
-
-def _gymnasium() -> ModuleType:
-    try:
-        return importlib.import_module("gymnasium")
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"the task cartpole needs the package gymnasium ({error}); run: pip install "
-            "'lhopt-fused[eval]'"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -56,9 +57,9 @@ class _Rule(Classification):
         super().__init__(training, held_out, steps=400 if small else 4_000, batch_size=64)
         self.width = 32 if small else 256
 
+    @abstractmethod
     def targets(self, sequences: torch.Tensor) -> torch.Tensor:
         """A bit for each symbol, int64 ``[N, T]`` both."""
-        raise NotImplementedError
 
     def make_model(self) -> nn.Module:
         return _Recurrent(self.symbols, self.width, self.kind)

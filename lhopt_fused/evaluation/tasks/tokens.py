@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from lhopt_fused.evaluation.task import DataError
+from lhopt_fused.evaluation.task import find_package
 
 __all__ = ["Tokenizer"]
 
@@ -39,7 +38,7 @@ class Tokenizer:
         Raises:
             DataError: the library is missing.
         """
-        library = _library()
+        library: Any = find_package("tokenizers", "byte pairs need")
         made = library.Tokenizer(library.models.BPE())
         made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = library.trainers.BpeTrainer(
@@ -58,13 +57,3 @@ class Tokenizer:
 
 def _lines(text: bytes) -> Iterator[str]:
     yield from text.decode("utf-8", errors="ignore").splitlines(keepends=True)
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"byte pairs need the package tokenizers ({error}); run: pip install "
-            "'lhopt-fused[eval]'"
-        ) from error
