@@ -119,13 +119,13 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class CloningConfig:
-    """The supervised start: imitate what is best on each task among the possible hand controls.
+    """The supervised start: imitate what promises most on each task among the possible hand controls.
 
     Attributes:
         settings: batches of tasks to try all of them on; the best on average is the hand control.
-        batches: how many of these to learn from; 0 for a start from scratch.
-        temperature: ranks by which the weight of a schedule falls to 1/e; the teacher's log
-            learning rate on a task is the weighted mean over schedules.
+        batches: how many of these to learn from, 2 at least; 0 for a start from scratch.
+        temperature: difference in expected reward by which the weight of a schedule falls to 1/e;
+            the teacher's log learning rate on a task is the weighted mean over schedules.
         steps: of gradient descent on them.
         learning_rate: of Adam.
         exploration: share of the probability that is spread over all choices of a head.
@@ -134,7 +134,7 @@ class CloningConfig:
 
     settings: int = 16
     batches: int = 16
-    temperature: float = 2.0
+    temperature: float = 0.05
     steps: int = 600
     learning_rate: float = 1e-3
     exploration: float = 0.02
@@ -146,6 +146,8 @@ class CloningConfig:
         if not 0 <= self.exploration < 1:
             raise ValueError(f"exploration is {self.exploration}, expected 0 to below 1")
         _check_above_zero(self, "learning_rate", "temperature")
+        if self.batches == 1:
+            raise ValueError("batches is 1, expected 0, or 2 at least: some teach, some are taught")
         if self.batches > self.settings:
             raise ValueError(
                 f"batches is {self.batches}, expected at most settings, {self.settings}"

@@ -1,5 +1,5 @@
 """The hand control: the inner optimizer under the one fixed schedule that is best on the training
-tasks, which a policy has to beat; and the teachers, which follow what is best on each task."""
+tasks, which a policy has to beat; and runs under teachers, which follow a schedule of each task's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ __all__ = [
     "HandControl",
     "control_grid",
     "demonstrate",
-    "teacher_weights",
 ]
 
 CONTROL_RATES: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -71,20 +70,6 @@ def control_grid() -> list[HandControl]:
     return [HandControl(lr, schedule) for lr in CONTROL_RATES for schedule in CONTROL_SCHEDULES]
 
 
-def teacher_weights(losses: torch.Tensor, temperature: float) -> torch.Tensor:
-    """How much the teacher of each task makes of each schedule: the softmax of its rank.
-
-    Args:
-        losses: ``[C, T]``, in the end, of each of :func:`control_grid` on each task.
-        temperature: ranks by which a weight falls to 1/e.
-
-    Returns:
-        float64 ``[T, C]``, each row of sum 1.
-    """
-    ranks = losses.nan_to_num(nan=torch.inf).argsort(dim=0, stable=True).argsort(0)
-    return (-ranks.double() / temperature).softmax(0).T
-
-
 def _teacher_rates(weights: torch.Tensor, progress: float) -> torch.Tensor:
     """Log learning rate ``[R]`` of teachers ``[R, C]`` at ``progress``: the mean over schedules."""
     rates = [control.learning_rate(progress) for control in control_grid()]
@@ -100,7 +85,7 @@ def demonstrate(
     Args:
         batch: fresh.
         weights: float64 ``[R, C]``, what the teacher of each run makes of each of
-            :func:`control_grid`.
+            :func:`control_grid`; see :func:`~lhopt_fused.meta.teacher.teacher_weights`.
         wander: standard deviation of the noise on each log learning rate.
 
     Returns:

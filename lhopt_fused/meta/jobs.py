@@ -37,6 +37,7 @@ __all__ = [
     "Collect",
     "Demonstrate",
     "FindReferences",
+    "FirstLook",
     "Play",
     "References",
     "ScoreControls",
@@ -134,6 +135,17 @@ class Collect(Job):
             self.config.ppo.discount,
         )
         return {name: tensor.cpu().numpy() for name, tensor in episodes.to_tensors().items()}
+
+
+@dataclass(frozen=True)
+class FirstLook(Job):
+    """What the policy sees of each task after the first outer step, ``[T, F]``, without noise."""
+
+    start: Mapping[str, float]
+
+    def __call__(self) -> NDArray[np.float32]:
+        batch = self.batch(self.start, noise=False, baseline=False)
+        return batch.advance().features.cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
-from lhopt_fused.meta.control import HandControl, control_grid, teacher_weights
+from lhopt_fused.meta.control import HandControl, control_grid
 from lhopt_fused.meta.jobs import (
     Collect,
     Demonstrate,
+    FirstLook,
     ScoreControls,
     Weights,
     make_critic,
@@ -28,6 +29,7 @@ from lhopt_fused.meta.jobs import (
 from lhopt_fused.meta.learner import Learner, clone_behaviour
 from lhopt_fused.meta.ppo import Episodes
 from lhopt_fused.meta.setting import Setting
+from lhopt_fused.meta.teacher import expected_rewards, teacher_weights
 from lhopt_fused.meta.validation import Report, Validation
 from lhopt_fused.meta.workers import Pending, Workers
 from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
@@ -232,16 +234,23 @@ class MetaTraining:
         ]
         (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
         if own.batches:
-            losses = [losses for losses, _ in found]
-            self._imitate(settings[: own.batches], losses[: own.batches])
+            rewards = [torch.from_numpy(rewards) for _, rewards in found[: own.batches]]
+            self._imitate(settings[: own.batches], rewards)
         self._acting = self._weights()
 
-    def _imitate(self, settings: list[Setting], losses: list[NDArray[np.float64]]) -> None:
+    def _imitate(self, settings: list[Setting], rewards: list[torch.Tensor]) -> None:
+        """Imitate what can be expected to be best on each task of some settings.
+
+        Args:
+            settings: of the tasks.
+            rewards: of each possible hand control on the tasks of each setting, ``[C, T]``.
+        """
         own = self.config.cloning
-        jobs = []
-        for setting, of_setting in zip(settings, losses, strict=True):
-            weights = teacher_weights(torch.from_numpy(of_setting), own.temperature).numpy()
-            jobs.append(Demonstrate(self.config, setting, self._data_dir, self.start, weights))
+        teachers = self._teachers(settings, rewards)
+        jobs = [
+            Demonstrate(self.config, setting, self._data_dir, self.start, weights.numpy())
+            for setting, weights in zip(settings, teachers, strict=True)
+        ]
         features, targets, mask = _padded(self._workers.start(jobs).results())
         curve = clone_behaviour(
             self._learner.network,
@@ -256,6 +265,21 @@ class MetaTraining:
         )
         (self.folder / "imitation.json").write_text(json.dumps(curve))
         self._learner.start_from_network()
+
+    def _teachers(self, settings: list[Setting], rewards: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the teachers of each setting's tasks make of each schedule, ``[T, C]``."""
+        config = replace(self.config, tasks=replace(self.config.tasks, hidden_eval=0.0))
+        jobs = [
+            FirstLook(config, replace(setting, repeats=1), self._data_dir, self.start)
+            for setting in settings
+        ]
+        seen = [torch.from_numpy(features) for features in self._workers.start(jobs).results()]
+        sizes = [len(features) for features in seen]
+        setting_of_task = torch.arange(len(seen)).repeat_interleave(torch.tensor(sizes))
+        expected = expected_rewards(
+            torch.cat(seen), torch.cat(rewards, dim=1), setting_of_task, self.config.seed
+        )
+        return list(teacher_weights(expected, self.config.cloning.temperature).split(sizes))
 
     @property
     def start(self) -> dict[str, float]:

@@ -76,6 +76,7 @@ def test_overrides_replace_values_of_the_file():
         ("cloning.steps=0", "cloning.steps is 0"),
         ("cloning.exploration=1", "cloning.exploration is 1"),
         ("cloning.temperature=0", "cloning.temperature is 0"),
+        ("cloning.batches=1", "cloning.batches is 1, expected 0, or 2 at least"),
         ("cloning.batches=9", "cloning.batches is 9, expected at most settings, 4"),
         ("policy.start_lr=0", "policy.start_lr is 0"),
         ("policy.moves=['learning_rate']", "policy.moves has 'learning_rate'"),

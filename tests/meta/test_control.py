@@ -1,4 +1,4 @@
-"""Teachers: what is best on a task, as a learning rate to steer to."""
+"""Runs under teachers: a schedule as a learning rate to steer to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meta.runs import small
 from tolerances import TEACHER, assert_close
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS
-from lhopt_fused.meta.control import HandControl, control_grid, demonstrate, teacher_weights
+from lhopt_fused.meta.control import HandControl, control_grid, demonstrate
 from lhopt_fused.meta.episode import EpisodeBatch
 from lhopt_fused.meta.setting import Setting
 
@@ -27,19 +27,6 @@ def batch() -> EpisodeBatch:
 def certain(*controls: HandControl) -> torch.Tensor:
     """Teachers that each know one schedule."""
     return torch.eye(len(GRID), dtype=torch.float64)[[GRID.index(c) for c in controls]]
-
-
-def test_weights_are_a_softmax_over_the_ranks_on_each_task():
-    count = len(GRID)
-    losses = torch.arange(count, dtype=torch.float64).repeat(2, 1).T.contiguous()
-    losses[:, 1] *= -100.0  # the other way round, and far apart: only the order counts
-    losses[0, 1] = torch.nan  # the last, as it was
-    weights = teacher_weights(losses, 2.0)
-    falling = (-torch.arange(count, dtype=torch.float64) / 2).exp()
-    expected = torch.stack([falling, falling.flip(0)]) / falling.sum()
-    assert_close(weights, expected, TEACHER, expected)
-    with pytest.raises(AssertionError):
-        assert_close(teacher_weights(losses, 2.1), expected, TEACHER, expected)
 
 
 def test_some_schedules_are_still_after_a_part_of_the_run():
