@@ -128,7 +128,8 @@ class LHOPT(CIAO):
         self.observes_closure = True
         self._done_steps = 0
         self._said_over = False
-        keywords = {**LHOPT_START, **self.policy.start_hyperparameters, **start}
+        wanted = {**self.policy.start_options.keywords(), **self.policy.start_hyperparameters}
+        keywords = {**LHOPT_START, **wanted, **start}
         super().__init__(params, backend=backend, **keywords)
         if restart_registers and any(map(is_piece, self._all_params())):
             raise ValueError(

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from lhopt_fused import CIAO, LHOPT
 from lhopt_fused.actions import ACTIONS, ActionSpace
 from lhopt_fused.ciao import LHOPT_START
 from lhopt_fused.history import OuterStep, read_csv, tensorboard_callback, write_csv
-from lhopt_fused.policy import FEATURES, LearnedPolicy, NetworkShape, PolicyNetwork
+from lhopt_fused.policy import (
+    FEATURES,
+    LearnedPolicy,
+    NetworkShape,
+    PolicyNetwork,
+    StartOptions,
+    load_policy,
+)
 from lhopt_fused.types import HYPERPARAMETERS
 
 
@@ -66,6 +74,20 @@ def test_a_policy_that_never_acts_is_ciao() -> None:
         set_grads(plain, step)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+def test_a_policy_brings_its_options_and_arguments_overrule_them() -> None:
+    options = StartOptions("delayed", lamb_ignore_vectors=False)
+    policy = replace(load_policy("fixed"), start_options=options)
+    params, plain = make_params(), make_params()
+    run(LHOPT(params, 20, policy=policy), params, 0, 20)
+    optimizer = CIAO.lhopt(plain, trust="delayed", lamb_ignore_vectors=False)
+    for step in range(20):
+        set_grads(plain, step)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+    group = LHOPT(make_params(), 20, policy=policy, trust="exact").param_groups[0]
+    assert (group["trust"], group["lamb_ignore_vectors"]) == ("exact", False)
 
 
 def test_cosine_takes_the_learning_rate_down() -> None:

@@ -22,7 +22,7 @@ from lhopt_fused.meta.baselines import Baseline
 from lhopt_fused.meta.inner import Settings, ciao_settings
 from lhopt_fused.meta.ppo import PPOConfig
 from lhopt_fused.meta.setting import StartNoise, TaskDistribution
-from lhopt_fused.policy import FEATURES, NetworkShape
+from lhopt_fused.policy import FEATURES, NetworkShape, StartOptions
 from lhopt_fused.types import HYPERPARAMETERS
 
 if sys.version_info >= (3, 11):
@@ -57,7 +57,7 @@ class PolicyConfig:
         moves: the hyperparameters that it may move; the others stay where they start.
         lr_choices: factors of the learning rate; empty for the published ones.
         start_lr: where the learning rate starts; None for the peak of the hand control.
-        trust: trust ratios of the inner optimizer.
+        trust, lamb_ignore_vectors: of the inner optimizer, as of :class:`lhopt_fused.CIAO`.
         memory: False for a policy that decides by the last outer step alone (an ablation; such a
             policy cannot be deployed).
         hide: policy features that it does not see, by patterns of their names (an ablation).
@@ -71,6 +71,7 @@ class PolicyConfig:
     lr_choices: tuple[float, ...] = ()
     start_lr: float | None = None
     trust: Literal["exact", "delayed"] = "exact"
+    lamb_ignore_vectors: bool = False
     memory: bool = True
     hide: tuple[str, ...] = ()
 
@@ -114,12 +115,17 @@ class PolicyConfig:
 
     def settings(self, hyperparameters: Mapping[str, float]) -> Settings:
         """What the inner optimizer starts with."""
-        return ciao_settings(trust=self.trust, **hyperparameters)
+        return ciao_settings(**self.start_options.keywords(), **hyperparameters)
+
+    @property
+    def start_options(self) -> StartOptions:
+        """What runs are like beside their hyperparameters."""
+        return StartOptions(self.trust, self.lamb_ignore_vectors)
 
 
 @dataclass(frozen=True)
 class CloningConfig:
-    """The supervised start: imitate what promises most on each task among the possible hand controls.
+    """The supervised start: imitate the possible hand control that promises most on each task.
 
     Attributes:
         settings: batches of tasks to try all of them on; the best on average is the hand control.

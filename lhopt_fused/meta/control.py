@@ -1,5 +1,5 @@
 """The hand control: the inner optimizer under the one fixed schedule that is best on the training
-tasks, which a policy has to beat; and runs under teachers, which follow a schedule of each task's."""
+tasks, which a policy has to beat; and runs under teachers, which each follow one for their task."""
 
 from __future__ import annotations
 

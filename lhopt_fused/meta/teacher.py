@@ -9,6 +9,7 @@ features after the first outer step, each task's by networks that never saw its 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -94,7 +95,7 @@ class _Networks(torch.nn.Module):
         sizes = (width, _HIDDEN, _HIDDEN, outputs)
         self.layers = torch.nn.ParameterList(
             torch.empty(count, before + 1, after).uniform_(-1, 1) / math.sqrt(before)
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            for before, after in pairwise(sizes)
         )
         self.mean = torch.zeros(count, 1, outputs)
 

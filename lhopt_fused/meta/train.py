@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
 from lhopt_fused.meta.control import HandControl, control_grid
@@ -378,6 +377,7 @@ class MetaTraining:
             name=self.config.name,
             action_space=self.config.policy.action_space,
             start_hyperparameters=self.start,
+            start_options=self.config.policy.start_options,
             trained_on={
                 "config": self.config.to_plain(),
                 "control": None if control is None else control.to_plain(),

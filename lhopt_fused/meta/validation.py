@@ -145,7 +145,7 @@ class Validation:
             "start": {**self._start, "lr": self._control.lr},
             "control": self._control.to_plain(),
             "baseline": self._config.baseline,
-            "trust": self._config.policy.trust,
+            "options": self._config.policy.start_options.keywords(),
             "data_dir": str(self._data_dir),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Policies: what they see, how they decide, and the files that hold them."""
 
-from lhopt_fused.policy.base import Policy, PolicyRun, RunDecision, RunObservation
+from lhopt_fused.policy.base import Policy, PolicyRun, RunDecision, RunObservation, StartOptions
 from lhopt_fused.policy.decision import Decision, DecisionMode, PolicyState, policy_step
 from lhopt_fused.policy.features import FEATURES, FEATURES_HASH, FeatureState, Observation
 from lhopt_fused.policy.file import PolicyFileError, inspect_policy, load_policy_file, save_policy
@@ -26,6 +26,7 @@ __all__ = [
     "RulePolicy",
     "RunDecision",
     "RunObservation",
+    "StartOptions",
     "builtin_policies",
     "inspect_policy",
     "load_policy",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,45 @@ from numpy.typing import NDArray
 from lhopt_fused.actions import ActionSpace
 from lhopt_fused.policy.decision import DecisionMode
 
-__all__ = ["Policy", "PolicyRun", "RunDecision", "RunObservation"]
+__all__ = [
+    "PUBLISHED_OPTIONS",
+    "Policy",
+    "PolicyRun",
+    "RunDecision",
+    "RunObservation",
+    "StartOptions",
+]
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """What a policy wants of the inner optimizer beside the hyperparameters that it moves.
+
+    Attributes:
+        trust, lamb_ignore_vectors: as of :class:`lhopt_fused.CIAO`.
+
+    Raises:
+        ValueError: naming the option that is something else.
+    """
+
+    trust: Literal["exact", "delayed"] = "exact"
+    lamb_ignore_vectors: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trust not in ("exact", "delayed"):
+            raise ValueError(f"trust is {self.trust!r}, expected 'exact' or 'delayed'")
+        if not isinstance(self.lamb_ignore_vectors, bool):
+            raise ValueError(
+                f"lamb_ignore_vectors is {self.lamb_ignore_vectors!r}, expected True or False"
+            )
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of :class:`lhopt_fused.CIAO`; plain JSON values."""
+        return asdict(self)
+
+
+PUBLISHED_OPTIONS: Final = StartOptions()
+"""Those of LHOPT's published configuration."""
 
 
 class RunObservation(NamedTuple):
@@ -79,6 +118,10 @@ class Policy(Protocol):
     @property
     def start_hyperparameters(self) -> Mapping[str, float]:
         """Where runs are meant to start, for each of HYPERPARAMETERS."""
+
+    @property
+    def start_options(self) -> StartOptions:
+        """What else runs are meant to be like."""
 
     def start_run(self, *, mode: DecisionMode = "mean", seed: int = 0) -> PolicyRun:
         """A fresh run.

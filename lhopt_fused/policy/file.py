@@ -7,6 +7,7 @@ tensors, so that a file whose bits have changed is refused even where it still m
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from lhopt_fused.json_fields import (
     expect_object,
     expect_string,
 )
+from lhopt_fused.policy.base import StartOptions
 from lhopt_fused.policy.features import FEATURES, FEATURES_HASH, FEATURES_VERSION
 from lhopt_fused.policy.learned import LearnedPolicy
 from lhopt_fused.policy.network import NORM_BETA, NORM_CLIP, NORM_EPSILON, NetworkShape
@@ -46,7 +48,9 @@ __all__ = [
     "save_policy",
 ]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""Files of version 1 lack ``start_options``."""
+
 LARGEST_FILE: Final = 64 * 2**20
 """Bytes; a policy of the usual size has 3 MiB."""
 
@@ -56,6 +60,7 @@ FIELDS: Final = (
     "features",
     "action_space",
     "start_hyperparameters",
+    "start_options",
     "network",
     "normalisation",
     "trained_on",
@@ -170,6 +175,7 @@ def _header(policy: LearnedPolicy) -> dict[str, Any]:
         },
         "action_space": policy.action_space.to_json(),
         "start_hyperparameters": dict(policy.start_hyperparameters),
+        "start_options": policy.start_options.keywords(),
         "network": {
             "features": shape.features,
             "heads": list(shape.heads),
@@ -252,11 +258,20 @@ def _parse_policy(header: dict[str, Any], arrays: _Arrays) -> LearnedPolicy:
         weights=arrays,
         action_space=space,
         start_hyperparameters=_each(start, "start_hyperparameters", expect_number),
+        start_options=_parse_options(header["start_options"]),
         trained_on=trained_on,
         commit=expect_string(header["commit"], "commit"),
     )
     expect_equal(header["sha256"], "sha256", _checksum(header, arrays))
     return policy
+
+
+def _parse_options(value: object) -> StartOptions:
+    names = [field.name for field in dataclasses.fields(StartOptions)]
+    try:
+        return StartOptions(**expect_object(value, "start_options", names))
+    except ValueError as error:
+        raise ValueError(f"start_options.{str(error).removeprefix('start_options.')}") from None
 
 
 def _parse_shape(value: object) -> NetworkShape:

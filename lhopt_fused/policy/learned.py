@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lhopt_fused import _C
 from lhopt_fused.actions import ActionSpace
-from lhopt_fused.policy.base import RunDecision, RunObservation
+from lhopt_fused.policy.base import PUBLISHED_OPTIONS, RunDecision, RunObservation, StartOptions
 from lhopt_fused.policy.decision import DecisionMode, check_mode, check_seed
 from lhopt_fused.policy.features import FEATURES
 from lhopt_fused.policy.network import NetworkShape, PolicyNetwork
@@ -45,6 +45,7 @@ class LearnedPolicy:
         weights: NumPy float32 arrays by their name in the network's ``state_dict``.
         action_space: what the heads decide.
         start_hyperparameters: where runs are meant to start, within the actions' bounds.
+        start_options: what else runs are meant to be like.
         trained_on: what it was trained on, as plain JSON values.
         commit: of the code that trained it, or "".
 
@@ -57,6 +58,7 @@ class LearnedPolicy:
     weights: Mapping[str, NDArray[np.float32]] = field(repr=False)
     action_space: ActionSpace
     start_hyperparameters: Mapping[str, float]
+    start_options: StartOptions = PUBLISHED_OPTIONS
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     commit: str = ""
 
@@ -79,6 +81,7 @@ class LearnedPolicy:
         name: str,
         action_space: ActionSpace,
         start_hyperparameters: Mapping[str, float],
+        start_options: StartOptions = PUBLISHED_OPTIONS,
         trained_on: Mapping[str, Any] | None = None,
         commit: str = "",
     ) -> LearnedPolicy:
@@ -93,6 +96,7 @@ class LearnedPolicy:
             weights,
             action_space,
             dict(start_hyperparameters),
+            start_options,
             dict(trained_on or {}),
             commit,
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lhopt_fused.actions import DEFAULT_ACTION_SPACE, Action, ActionSpace
 from lhopt_fused.json_fields import expect_equal, expect_number, expect_object, expect_string
-from lhopt_fused.policy.base import RunDecision, RunObservation
+from lhopt_fused.policy.base import PUBLISHED_OPTIONS, RunDecision, RunObservation, StartOptions
 from lhopt_fused.policy.decision import DecisionMode, check_mode, check_seed
 from lhopt_fused.policy.learned import check_start_hyperparameters
 from lhopt_fused.policy.plain import moved, relative
@@ -63,6 +63,7 @@ class RulePolicy:
         description: what it does, in a sentence.
         schedules: by hyperparameter; those without one are never touched.
         start_hyperparameters: where runs are meant to start.
+        start_options: what else runs are meant to be like.
         action_space: for the bounds.
 
     Raises:
@@ -73,6 +74,7 @@ class RulePolicy:
     description: str
     schedules: Mapping[str, Schedule]
     start_hyperparameters: Mapping[str, float]
+    start_options: StartOptions = PUBLISHED_OPTIONS
     action_space: ActionSpace = DEFAULT_ACTION_SPACE
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from meta.runs import small
-from tolerances import TEACHER, assert_close
+from tolerances import TEACHER
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS
 from lhopt_fused.meta.control import HandControl, control_grid, demonstrate

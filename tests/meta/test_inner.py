@@ -23,6 +23,7 @@ from lhopt_fused.policy import (
     PolicyNetwork,
     RunDecision,
     RunObservation,
+    StartOptions,
 )
 from lhopt_fused.types import HYPERPARAMETERS
 
@@ -37,6 +38,7 @@ class Scripted:
     name = "scripted"
     action_space = SPACE
     start_hyperparameters = START
+    start_options = StartOptions()
 
     def __init__(self, shifts: torch.Tensor, register: torch.Tensor) -> None:
         self.script = list(zip(shifts, register.tolist(), strict=True))

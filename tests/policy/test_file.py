@@ -22,6 +22,7 @@ from lhopt_fused.policy import (
     FEATURES_HASH,
     LearnedPolicy,
     PolicyFileError,
+    StartOptions,
     inspect_policy,
     load_policy_file,
     save_policy,
@@ -156,8 +157,8 @@ def _nan(array: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format_version", to=2), "format_version is 2, expected 1"),
-        (_set("format_version", to=True), "format_version is True, expected 1"),
+        (_set("format_version", to=1), "format_version is 1, expected 2"),
+        (_set("format_version", to=True), "format_version is True, expected 2"),
         (_set("extra", to=1), "extra is unknown"),
         (lambda header, weights: header.pop("commit"), "commit is missing"),
         (_set("commit", to=None), "commit is None, expected a string"),
@@ -173,6 +174,9 @@ def _nan(array: np.ndarray) -> np.ndarray:
         (_set("start_hyperparameters", "lr", to=5.0), r"start_hyperparameters\.lr is 5\.0"),
         (_set("start_hyperparameters", "lr", to="1"), r"start_hyperparameters\.lr is '1'"),
         (_set("start_hyperparameters", to={}), r"start_hyperparameters\.lr is missing"),
+        (_set("start_options", "trust", to="late"), r"start_options\.trust is 'late', expected"),
+        (_set("start_options", "lamb_ignore_vectors", to=1), r"lamb_ignore_vectors is 1, expected"),
+        (_set("start_options", "lamb_power", to=2), r"start_options\.lamb_power is unknown"),
         (_set("network", "hidden", to=10**15), r"network\.hidden is 1000000000000000"),
         (_set("network", "hidden", to=32), r"weight heads\.0\.down\.weight has shape \[16, 16\]"),
         (_set("network", "features", to=145), r"network\.features is 145, expected 146"),
@@ -211,6 +215,13 @@ def test_policies_are_checked_before_they_are_saved() -> None:
         policy.start_run(mode="best")
     with pytest.raises(ValueError, match="seed is -1"):
         policy.start_run(seed=-1)
+
+
+def test_options_go_with_the_file(path: Path) -> None:
+    options = StartOptions("delayed", lamb_ignore_vectors=False)
+    assert load_policy_file(path).start_options == StartOptions()  # as published
+    save_policy(replace(random_policy(0), start_options=options), path)
+    assert load_policy_file(path).start_options == options
 
 
 def test_what_is_no_json_is_not_saved(tmp_path: Path) -> None:
