@@ -323,6 +323,108 @@ double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, u
   return total;
 }
 
+// ---- Stored moments and split masters, in plain arithmetic that the compiler makes vectors of
+// ----
+
+void DecodeCodes(const Codes& from, int64_t size, float* __restrict exp_avg,
+                 float* __restrict exp_avg_sq) {
+  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
+    const float scale = ToFloat(BFloat16{from.exp_avg_scale[begin / kScaleBlock]});
+    const float unit = ToFloat(BFloat16{from.exp_avg_sq_scale[begin / kScaleBlock]}) / 65025.0f;
+    for (int64_t i = begin; i < begin + kScaleBlock; ++i) {
+      const float code = from.exp_avg[i];
+      exp_avg[i] = scale * (code / (254.0f - __builtin_fabsf(code)));
+    }
+    for (int64_t i = begin; i < begin + kScaleBlock; ++i) {
+      const float code = from.exp_avg_sq[i];
+      exp_avg_sq[i] = unit * (code * code);
+    }
+  }
+}
+
+// Of the largest magnitude in a block, rounded up to bfloat16: magnitudes compare as their bits do.
+LHOPT_INLINE uint16_t ScaleOf(const float* x) {
+  constexpr uint32_t kLargest = 0x7f7fu;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < kScaleBlock; ++i) {
+    const uint32_t magnitude = BitsOf(x[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint32_t up = (largest + 0xffffu) >> 16;
+  return static_cast<uint16_t>(up < kLargest ? up : kLargest);
+}
+
+LHOPT_INLINE float AtLeast(float x, float low) { return x > low ? x : low; }
+LHOPT_INLINE float AtMost(float x, float high) { return x < high ? x : high; }
+
+void EncodeCodes(const float* __restrict exp_avg, const float* __restrict exp_avg_sq, int64_t size,
+                 const Dither& dither, const Codes& to) {
+  constexpr float kTiny = 0x1p-126f, kShift = 128.0f;  // to cut off downwards below 0 too
+  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
+    const float* const m = exp_avg + begin;
+    const float* const v = exp_avg_sq + begin;
+    int8_t* const m_codes = to.exp_avg + begin;
+    uint8_t* const v_codes = to.exp_avg_sq + begin;
+    const BFloat16 m_scale{ScaleOf(m)}, v_scale{ScaleOf(v)};
+    to.exp_avg_scale[begin / kScaleBlock] = m_scale.bits;
+    to.exp_avg_sq_scale[begin / kScaleBlock] = v_scale.bits;
+    const float half = AtLeast(0.5f * ToFloat(m_scale), kTiny);
+    const float factor = 255.0f / __builtin_sqrtf(AtLeast(ToFloat(v_scale), kTiny));
+    for (int64_t i = 0; i < kScaleBlock; ++i) {
+      const float scaled = 127.0f * (m[i] / (half + 0.5f * __builtin_fabsf(m[i])));
+      const float shifted = AtMost(scaled + dither.shares[i] + kShift, 127.0f + kShift);
+      m_codes[i] = static_cast<int8_t>(static_cast<int32_t>(AtLeast(shifted, 1.0f)) - 128);
+    }
+    for (int64_t i = 0; i < kScaleBlock; ++i) {
+      const float scaled = __builtin_sqrtf(v[i]) * factor + dither.shares[i];
+      v_codes[i] = static_cast<uint8_t>(static_cast<int32_t>(AtMost(scaled, 255.0f)));
+    }
+  }
+}
+
+void NarrowDithered(const float* __restrict from, int64_t size, const Dither& dither, void* to) {
+  constexpr uint32_t kLargest = 0x7f7f0000u;
+  uint16_t* const __restrict out = static_cast<uint16_t*>(to);
+  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
+    const int64_t count = Smaller(kScaleBlock, size - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = BitsOf(from[begin + i]), magnitude = bits & 0x7fffffffu;
+      const uint32_t kept = (bits & 0x80000000u) | (magnitude < kLargest ? magnitude : kLargest);
+      out[begin + i] = static_cast<uint16_t>((kept + dither.words[i]) >> 16);
+    }
+  }
+}
+
+// C: of the correction, of whose bits the lowest is worth 2^kShift of a float32's.
+template <class C>
+void JoinMaster(const void* param, const void* correction, int64_t size, float* __restrict master) {
+  constexpr int kShift = sizeof(C) == 1 ? 8 : 0;
+  const uint16_t* const p = static_cast<const uint16_t*>(param);
+  const C* const c = static_cast<const C*>(correction);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = uint32_t{p[i]} << 16;
+    const uint32_t joined = bits + (static_cast<uint32_t>(int32_t{c[i]}) << kShift);
+    master[i] = FloatFromBits((joined ^ bits) & 0x80000000u ? bits : joined);
+  }
+}
+
+template <class C>
+void SplitMaster(const float* __restrict master, int64_t size, void* param, void* correction) {
+  constexpr int kShift = sizeof(C) == 1 ? 8 : 0;
+  constexpr int32_t kRound = (1 << kShift) >> 1, kLargest = (1 << (15 - kShift)) - 1;
+  uint16_t* const __restrict p = static_cast<uint16_t*>(param);
+  C* const __restrict c = static_cast<C*>(correction);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = BitsOf(master[i]);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t upper = (bits + 0x8000u) & 0xffff0000u;
+    const int32_t lacks = (static_cast<int32_t>(bits - upper) + kRound) >> kShift;
+    const int32_t held = lacks < kLargest ? lacks : kLargest;
+    p[i] = static_cast<uint16_t>((is_nan ? 0x7fc00000u : upper) >> 16);
+    c[i] = static_cast<C>(is_nan ? 0 : held);
+  }
+}
+
 // The tables below spell out what the driver indexes; see kernels.h for the axes.
 
 #define LHOPT_UPDATE_STATISTICS(P, G, D, S)                                \
@@ -347,7 +449,12 @@ double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, u
       {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>},                            \
       {Widen<float>, Widen<BFloat16>, Widen<Float16>},                                        \
       {Narrow<float>, Narrow<BFloat16>, Narrow<Float16>},                                     \
-      {NarrowRandomly<float>, NarrowRandomly<BFloat16>, NarrowRandomly<Float16>}}
+      {NarrowRandomly<float>, NarrowRandomly<BFloat16>, NarrowRandomly<Float16>},             \
+      DecodeCodes,                                                                            \
+      EncodeCodes,                                                                            \
+      NarrowDithered,                                                                         \
+      {nullptr, JoinMaster<int8_t>, JoinMaster<int16_t>},                                     \
+      {nullptr, SplitMaster<int8_t>, SplitMaster<int16_t>}}
 
 }  // namespace
 }  // namespace lhopt

@@ -137,9 +137,9 @@ def encode(
         scaled = 127 * (blocks / ((scale / 2).clamp(min=_TINY) + blocks.abs() / 2))
     else:
         scaled = blocks.sqrt() * (255 / scale.clamp(min=_TINY).sqrt())
-    offsets = (words - 0x8000).to(x.dtype).view(-1, BLOCK) / 0x1_0000
+    shares = words.to(x.dtype).view(-1, BLOCK) / 0x1_0000
     low, high = (-127, 127) if dtype == torch.int8 else (0, 255)
-    codes = (scaled + offsets).round().clamp(low, high).to(dtype)
+    codes = (scaled + shares).floor().clamp(low, high).to(dtype)
     return in_memory_order(codes.flatten(), x), scales.bfloat16()
 
 
