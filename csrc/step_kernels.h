@@ -323,64 +323,95 @@ double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, u
   return total;
 }
 
-// ---- Stored moments and split masters, in plain arithmetic that the compiler makes vectors of
-// ----
+// ---- Stored moments and split masters; kernels/formats.py defines them ----
 
-void DecodeCodes(const Codes& from, int64_t size, float* __restrict exp_avg,
-                 float* __restrict exp_avg_sq) {
+void DecodeCodes(const Codes& from, int64_t size, float* exp_avg, float* exp_avg_sq) {
+  const F range = Vec::Set(254.0f), inv_range = Vec::Set(1.0f / 255.0f);
   for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
-    const float scale = ToFloat(BFloat16{from.exp_avg_scale[begin / kScaleBlock]});
-    const float unit = ToFloat(BFloat16{from.exp_avg_sq_scale[begin / kScaleBlock]}) / 65025.0f;
-    for (int64_t i = begin; i < begin + kScaleBlock; ++i) {
-      const float code = from.exp_avg[i];
-      exp_avg[i] = scale * (code / (254.0f - __builtin_fabsf(code)));
-    }
-    for (int64_t i = begin; i < begin + kScaleBlock; ++i) {
-      const float code = from.exp_avg_sq[i];
-      exp_avg_sq[i] = unit * (code * code);
+    const int64_t block = begin / kScaleBlock;
+    const F scale = Vec::Set(ToFloat(BFloat16{from.exp_avg_scale[block]}));
+    const F sq_scale = Vec::Set(ToFloat(BFloat16{from.exp_avg_sq_scale[block]}));
+    for (int64_t i = begin; i < begin + kScaleBlock; i += Vec::kWidth) {
+      const F code = Vec::Load(from.exp_avg + i);
+      const F share = Vec::Mul(code, Vec::Reciprocal(Vec::Sub(range, Vec::Abs(code))));
+      Vec::Store(exp_avg + i, Vec::Mul(scale, share));
+      const F root = Vec::Mul(Vec::Load(from.exp_avg_sq + i), inv_range);
+      Vec::Store(exp_avg_sq + i, Vec::Mul(sq_scale, Vec::Mul(root, root)));
     }
   }
 }
 
-// Of the largest magnitude in a block, rounded up to bfloat16: magnitudes compare as their bits do.
-LHOPT_INLINE uint16_t ScaleOf(const float* x) {
-  constexpr uint32_t kLargest = 0x7f7fu;
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < kScaleBlock; ++i) {
-    const uint32_t magnitude = BitsOf(x[i]) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const uint32_t up = (largest + 0xffffu) >> 16;
+// Of a block's largest magnitude: the bits of the bfloat16 above it.
+LHOPT_INLINE uint16_t ScaleOf(float largest) {
+  constexpr uint32_t kSlack = 15, kLargest = 0x7f7f;
+  const uint32_t up = (BitsOf(largest) + 0xffffu - kSlack) >> 16;
   return static_cast<uint16_t>(up < kLargest ? up : kLargest);
 }
 
-LHOPT_INLINE float AtLeast(float x, float low) { return x > low ? x : low; }
-LHOPT_INLINE float AtMost(float x, float high) { return x < high ? x : high; }
+// A scale as a divisor, so large that 254 over it is finite.
+LHOPT_INLINE float DivisorOf(uint16_t scale) {
+  constexpr float kTiny = 0x1p-117f;
+  const float x = ToFloat(BFloat16{scale});
+  return x > kTiny ? x : kTiny;
+}
 
-void EncodeCodes(const float* __restrict exp_avg, const float* __restrict exp_avg_sq, int64_t size,
-                 const Dither& dither, const Codes& to) {
-  constexpr float kTiny = 0x1p-126f, kShift = 128.0f;  // to cut off downwards below 0 too
-  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
-    const float* const m = exp_avg + begin;
-    const float* const v = exp_avg_sq + begin;
-    int8_t* const m_codes = to.exp_avg + begin;
-    uint8_t* const v_codes = to.exp_avg_sq + begin;
-    const BFloat16 m_scale{ScaleOf(m)}, v_scale{ScaleOf(v)};
-    to.exp_avg_scale[begin / kScaleBlock] = m_scale.bits;
-    to.exp_avg_sq_scale[begin / kScaleBlock] = v_scale.bits;
-    const float half = AtLeast(0.5f * ToFloat(m_scale), kTiny);
-    const float factor = 255.0f / __builtin_sqrtf(AtLeast(ToFloat(v_scale), kTiny));
-    for (int64_t i = 0; i < kScaleBlock; ++i) {
-      const float scaled = 127.0f * (m[i] / (half + 0.5f * __builtin_fabsf(m[i])));
-      const float shifted = AtMost(scaled + dither.shares[i] + kShift, 127.0f + kShift);
-      m_codes[i] = static_cast<int8_t>(static_cast<int32_t>(AtLeast(shifted, 1.0f)) - 128);
+// sqrt(x) for x >= 0, to about a unit in the last place; 0 below the normal numbers.
+LHOPT_INLINE F NearRoot(F x) {
+  const F inverse = Vec::RootReciprocal(Vec::Max(x, Vec::Set(0x1p-126f)));
+  const F root = Vec::Mul(x, inverse);
+  const F error = Vec::NegMulAdd(root, root, x);
+  return Vec::MulAdd(Vec::Mul(inverse, Vec::Set(0.5f)), error, root);
+}
+
+// The scales of some blocks, and what their numbers are multiplied by. (Many at a time: one after
+// the other, each would wait for its own divisions.)
+LHOPT_INLINE void ScaleBlocks(const float* m, const float* v, int64_t blocks, uint16_t* m_scales,
+                              uint16_t* v_scales, float* m_factors, float* v_factors) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    F m_largest = Vec::Set(0.0f), v_largest = Vec::Set(0.0f);
+    for (int64_t i = block * kScaleBlock; i < (block + 1) * kScaleBlock; i += Vec::kWidth) {
+      m_largest = Vec::Max(m_largest, Vec::Abs(Vec::Load(m + i)));
+      v_largest = Vec::Max(v_largest, Vec::Load(v + i));
     }
-    for (int64_t i = 0; i < kScaleBlock; ++i) {
-      const float scaled = __builtin_sqrtf(v[i]) * factor + dither.shares[i];
-      v_codes[i] = static_cast<uint8_t>(static_cast<int32_t>(AtMost(scaled, 255.0f)));
+    m_factors[block] = Vec::Largest(m_largest);
+    v_factors[block] = Vec::Largest(v_largest);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    m_scales[block] = ScaleOf(m_factors[block]);
+    v_scales[block] = ScaleOf(v_factors[block]);
+    m_factors[block] = 254.0f / DivisorOf(m_scales[block]);
+    v_factors[block] = 255.0f / __builtin_sqrtf(DivisorOf(v_scales[block]));
+  }
+}
+
+void EncodeCodes(const float* exp_avg, const float* exp_avg_sq, int64_t size, const Dither& dither,
+                 const Codes& to) {
+  constexpr int64_t kBlocks = 16;  // at a time
+  const F one = Vec::Set(1.0f), unit = Vec::Set(1.0f / 254.0f);
+  const F low = Vec::Set(-127.0f), high = Vec::Set(127.0f), sq_high = Vec::Set(255.0f);
+  for (int64_t first = 0; first < size / kScaleBlock; first += kBlocks) {
+    const int64_t blocks = Smaller(kBlocks, size / kScaleBlock - first);
+    float m_factors[kBlocks], v_factors[kBlocks];
+    ScaleBlocks(exp_avg + first * kScaleBlock, exp_avg_sq + first * kScaleBlock, blocks,
+                to.exp_avg_scale + first, to.exp_avg_sq_scale + first, m_factors, v_factors);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = (first + block) * kScaleBlock;
+      const F m_factor = Vec::Set(m_factors[block]), v_factor = Vec::Set(v_factors[block]);
+      for (int64_t i = 0; i < kScaleBlock; i += Vec::kWidth) {
+        const F share = Vec::Load(dither.shares + i);
+        const F x = Vec::Mul(Vec::Load(exp_avg + begin + i), m_factor);  // 254 times its share
+        const F inverse = Vec::Reciprocal(Vec::MulAdd(Vec::Abs(x), unit, one));
+        const F code = Vec::MulAdd(x, inverse, share);
+        Vec::StoreFloor(to.exp_avg + begin + i, Vec::Max(Vec::Min(code, high), low));
+        const F root = NearRoot(Vec::Load(exp_avg_sq + begin + i));
+        const F sq_code = Vec::MulAdd(root, v_factor, share);
+        Vec::StoreFloor(to.exp_avg_sq + begin + i, Vec::Min(sq_code, sq_high));
+      }
     }
   }
 }
+
+// The rest in plain arithmetic, which the compiler turns into vectors.
 
 void NarrowDithered(const float* __restrict from, int64_t size, const Dither& dither, void* to) {
   constexpr uint32_t kLargest = 0x7f7f0000u;
