@@ -114,15 +114,12 @@ def check(
             device=layout.device,
         )
         defined = torch.zeros_like(measured)
-        before = [_master(expected, index) for index in range(len(layout.params))]
         backend.step(grads, measured)
         reference.step(grads, defined)
         if change is not None:
             change(expected)
         compare(layout, expected)
         _compare_statistics(measured, defined)
-        moved = [(_master(expected, i) - x).abs().max() for i, x in enumerate(before) if x.numel()]
-        assert max(moved) > 0 or expected.skipped_steps > 0
         take_over(layout, expected)
 
 

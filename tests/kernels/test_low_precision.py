@@ -45,27 +45,29 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(("moments", "masters"), KEPT)
+def test_follows_the_reference(isa: str, moments: Moments, masters: MasterWeights) -> None:
+    check(make_layout(LHOPT, moments, masters), CpuBackend, steps=8)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_follows_the_reference(
-    isa: str, options: StepOptions, moments: Moments, masters: MasterWeights
-) -> None:
-    check(make_layout(options, moments, masters), CpuBackend, steps=15)
+def test_follows_it_with_every_kind_of_step(isa: str, options: StepOptions) -> None:
+    check(make_layout(options, "int8", "split8"), CpuBackend, steps=8)
 
 
 @pytest.mark.parametrize(("moments", "masters"), [("int8", "split8"), ("bfloat16", "split16")])
 @pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ["lhopt", "delayed"])
 def test_nonfinite_gradients(
-    isa: str, options: StepOptions, masks: bool, moments: Moments, masters: MasterWeights
+    isa: str, options: str, masks: bool, moments: Moments, masters: MasterWeights
 ) -> None:
-    layout = make_layout(options, moments, masters, masks=masks)
-    check(layout, CpuBackend, steps=6, spoils=True)
-    assert layout.skipped_steps.item() == 2
+    layout = make_layout(OPTIONS[options], moments, masters, masks=masks)
+    check(layout, CpuBackend, steps=3, spoils=True)
+    assert layout.skipped_steps.item() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_parameters(isa: str, dtype: torch.dtype) -> None:
-    check(make_layout(LHOPT, "int8", dtype=dtype), CpuBackend, steps=5)
+    check(make_layout(LHOPT, "int8", dtype=dtype), CpuBackend, steps=3)
 
 
 def steps_too_far(layout: StepLayout) -> None:
