@@ -120,8 +120,9 @@ def check_holds_blocks(param: torch.Tensor, name: str) -> None:
         if not is_plain or share % BLOCK or size % BLOCK:
             raise ValueError(
                 f"{name}, of shape {tuple(param.shape)}, is laid out as {param.placements}, in "  # type: ignore[attr-defined]
-                f"pieces that cut blocks of {BLOCK} elements; moments='int8' needs rows, or columns "
-                f"of matrices in multiples of {BLOCK}: shard dimension 0, or use moments='bfloat16'"
+                f"pieces that cut blocks of {BLOCK} elements; moments='int8' needs rows, or "
+                f"columns of matrices in multiples of {BLOCK}: shard dimension 0, or use "
+                "moments='bfloat16'"
             )
         size = share
 

@@ -55,7 +55,9 @@ def make_layout(
 ) -> StepLayout:
     """Two groups of parameters of ``dtype``, at their start."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).mul(0.5).to(device, dtype) for shape in shapes]
+    params = [
+        torch.randn(shape, generator=generator).mul(0.5).to(device, dtype) for shape in shapes
+    ]
     layout = bind_layout(
         params,
         params,
@@ -140,9 +142,7 @@ def compare(layout: StepLayout, expected: StepLayout) -> None:
             _compare_moment(layout, expected, name, index)
     for name in ("group_state", "tensor_state"):
         y = getattr(expected, name)
-        assert_close(
-            getattr(layout, name), y, TRAJECTORY[torch.float32], y.abs().clamp_min(1e-2)
-        )
+        assert_close(getattr(layout, name), y, TRAJECTORY[torch.float32], y.abs().clamp_min(1e-2))
     assert torch.equal(layout.skipped_steps, expected.skipped_steps)
 
 
@@ -161,7 +161,14 @@ def _compare_moment(layout: StepLayout, expected: StepLayout, name: str, index: 
 
 def _compare_statistics(measured: torch.Tensor, defined: torch.Tensor) -> None:
     """Sums that nothing cancels in."""
-    for name in ("taken", "grad_nonfinite", "clip_coefficient", "grad_sq", "param_sq", "momentum_sq"):
+    for name in (
+        "taken",
+        "grad_nonfinite",
+        "clip_coefficient",
+        "grad_sq",
+        "param_sq",
+        "momentum_sq",
+    ):
         column = STATISTICS.index(name)
         x, y = measured[:, column], defined[:, column]
         assert_close(x, y, STATISTICS_TOLERANCE[torch.float32], y.abs())
@@ -197,5 +204,3 @@ def take_over(layout: StepLayout, other: StepLayout) -> None:
                 mine.copy_(theirs)
     layout.tensor_state.copy_(other.tensor_state)
     layout.group_state.copy_(other.group_state)
-
-

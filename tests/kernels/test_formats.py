@@ -220,7 +220,7 @@ def bits_of(x: torch.Tensor) -> int:
 
 
 def test_what_is_beyond_the_parameters() -> None:
-    """A master that rounds to infinity in the parameter is finite itself, up to its own rounding."""
+    """A master that is infinite as a parameter is finite itself, up to its own rounding."""
     beyond = torch.tensor([3.3961776e38, 3.4028235e38, torch.inf])
     param, correction = split_master(beyond, torch.int8)
     assert param.tolist() == [torch.inf] * 3

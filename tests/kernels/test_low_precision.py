@@ -1,4 +1,4 @@
-"""Moments and masters in few bits: the C++ backend against the reference, on every instruction set."""
+"""Moments and masters in few bits: every instruction set of C++ against the reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from stored import check, make_layout
 
 from lhopt_fused import _C
-from lhopt_fused.kernels.cpu import CpuBackend
 from lhopt_fused.kernels import formats
+from lhopt_fused.kernels.cpu import CpuBackend
 from lhopt_fused.types import (
     Clip,
     Denominator,
@@ -93,7 +93,7 @@ def corrects_too_much(layout: StepLayout) -> None:
     [steps_too_far, has_another_scale, corrects_too_much],
 )
 def test_a_wrong_optimizer_does_not(wrong: object) -> None:
-    with pytest.raises(AssertionError, match="off by|stored numbers differ"):
+    with pytest.raises(AssertionError, match=r"off by|stored numbers differ"):
         check(make_layout(LHOPT, "int8", "split8"), CpuBackend, steps=1, change=wrong)  # type: ignore[arg-type]
 
 
