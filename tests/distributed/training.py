@@ -253,14 +253,19 @@ def refusals(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
         optimizer.step()
 
     def blocks(tensor: torch.Tensor, placement: Any) -> None:
-        param = torch.nn.Parameter(distribute_tensor(tensor, mesh, [placement]))
-        param.grad = distribute_tensor(tensor, mesh, [placement])
-        optimizer = CIAO([param], moments="int8")
-        optimizer.step()
-        state = optimizer.state[param]
-        codes, scales = whole(state["exp_avg"]), whole(state["exp_avg_scale"])
-        assert torch.equal(codes, torch.full_like(codes, 127))
-        assert torch.equal(scales, torch.full_like(scales, 0.1).nextafter(scales + 1))
+        """One step of a sharded tensor keeps what that of the whole one keeps."""
+        grad = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        kept = []
+        for group in ("auto", None):
+            param = torch.nn.Parameter(tensor.clone())
+            param.grad = grad.clone()
+            if group is not None:
+                param = torch.nn.Parameter(distribute_tensor(tensor, mesh, [placement]))
+                param.grad = distribute_tensor(grad, mesh, [placement])
+            optimizer = CIAO([param], moments="int8", process_group=group)  # type: ignore[arg-type]
+            optimizer.step()
+            kept.append([whole(x) for x in optimizer.state[param].values() if x.dim()])
+        assert all(map(torch.equal, *kept))
 
     waiting = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False)
     tries("partial", lambda: CIAO([torch.nn.Parameter(waiting)]))
@@ -268,7 +273,7 @@ def refusals(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
     tries("signs", lambda: step(parameter(), keep_grad_signs=True))
     tries("stochastic", lambda: step(parameter(torch.bfloat16), rounding="stochastic"))
     tries("placements", lambda: step(parameter(), [Replicate()]))
-    tries("columns", lambda: blocks(torch.ones(64, 96), Shard(1)))
+    tries("columns", lambda: blocks(torch.ones(64, 192), Shard(1)))
     tries("middle", lambda: blocks(torch.ones(4, 128, 64), Shard(1)))
     blocks(torch.ones(64, 64 * ranks), Shard(1))
     blocks(torch.ones(5, 64, 64), Shard(0))
