@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from lhopt_fused.kernels import PhasedBackend
+from lhopt_fused.kernels.formats import BLOCK, scales_shape, takes_blocks
 from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.placement import PythonPlacement
 from lhopt_fused.ranks import Ranks, is_sharded, local_tensor
@@ -31,6 +32,7 @@ __all__ = [
     "PendingSums",
     "PiecePlacement",
     "ShardedStep",
+    "check_holds_blocks",
     "counts_here",
     "describe",
     "grad_piece",
@@ -99,6 +101,32 @@ def is_piece(param: torch.Tensor) -> bool:
     )
 
 
+def check_holds_blocks(param: torch.Tensor, name: str) -> None:
+    """Refuse a parameter whose moments take blocks, but whose pieces do not hold whole ones.
+
+    The same on every rank: the placements decide, not a rank's piece.
+
+    Raises:
+        ValueError: the error says what to do.
+    """
+    if not is_piece(param) or not takes_blocks(param.shape):
+        return
+    size = param.shape[-1]
+    for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):  # type: ignore[attr-defined]
+        if not placement.is_shard() or ranks == 1 or placement.dim == 0:
+            continue
+        share = -(-size // ranks)
+        is_plain = param.dim() == 2 and type(placement).__name__ == "Shard"
+        if not is_plain or share % BLOCK or size % BLOCK:
+            raise ValueError(
+                f"{name}, of shape {tuple(param.shape)}, is laid out as {param.placements}, in "  # type: ignore[attr-defined]
+                f"pieces that cut blocks of {BLOCK} elements; moments='int8' needs rows, or "
+                f"columns of matrices in multiples of {BLOCK}: shard dimension 0, or use "
+                "moments='bfloat16'"
+            )
+        size = share
+
+
 def counts_here(param: torch.Tensor, ranks: Ranks) -> bool:
     """Whether the sums over this rank's piece count: one of several copies does.
 
@@ -119,19 +147,26 @@ def describe(param: torch.Tensor) -> tuple[Any, ...]:
     return tuple(param.shape), str(param.dtype), *laid_out
 
 
-def placed(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """``local``, a piece in the memory order of the parameter's, laid out like the parameter."""
+def placed(local: torch.Tensor, param: torch.Tensor, is_scales: bool = False) -> torch.Tensor:
+    """``local``, a piece in the memory order of the parameter's, laid out like the parameter.
+
+    Or, like its rows of blocks, the scales of a piece.
+    """
     if not is_sharded(param):
         return local
     from torch.distributed.tensor import DTensor
 
+    shape, stride = param.shape, param.stride()
+    if is_scales:
+        shape = torch.Size(scales_shape(param.shape))
+        stride = (shape[1], 1)
     return DTensor.from_local(
         local,
         param.device_mesh,  # type: ignore[attr-defined]
         param.placements,  # type: ignore[attr-defined]
         run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        shape=shape,
+        stride=stride,
     )
 
 
