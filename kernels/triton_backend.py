@@ -91,7 +91,7 @@ class TritonBackend:
             self._pointers = _GradPointers(self._tables.grads)
             with self._compiling("features"):
                 self._features = self._feature_launches()
-            arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
+            arrays = self._tables.addresses[:, : A_SIGNS.value]  # what comes then is read as it is
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
             self._plans: dict[tuple[bytes, bool], StepPlan] = {}
             codes = np.array([DTYPE_CODES[param.dtype] for param in layout.params], dtype=np.int8)

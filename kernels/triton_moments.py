@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lhopt_fused.kernels.triton_apply import load_direction, update_direction
 from lhopt_fused.kernels.triton_chunks import (
     data_pointer,
     load_chunk,
@@ -14,36 +13,34 @@ from lhopt_fused.kernels.triton_chunks import (
     tile,
     where_set,
 )
-from lhopt_fused.kernels.triton_rounding import chunk_keys, round_at_random, round_to
+from lhopt_fused.kernels.triton_formats import dither_key
+from lhopt_fused.kernels.triton_rounding import rounding_keys
+from lhopt_fused.kernels.triton_state import (
+    load_moments,
+    load_weights,
+    moment_pointers,
+    store_moments,
+    store_weights,
+    weight_pointers,
+)
 from lhopt_fused.kernels.triton_tables import (
-    A_COPY,
-    A_M,
-    A_PARAM,
     A_SIGNS,
-    A_V,
     ADDRESS_COLUMNS,
     C_ACTIVE,
-    C_BETA1,
-    C_BETA2,
     C_CLIP,
     C_DECAY,
     C_DEFERRED,
-    C_OMBETA1,
-    C_OMBETA2,
     C_STEP_SIZE,
     COEFFICIENT_COLUMNS,
 )
+from lhopt_fused.kernels.triton_update import (
+    load_betas,
+    load_direction,
+    next_moments,
+    update_direction,
+)
 
 __all__ = ["moments_kernel"]
-
-
-@triton.jit
-def next_moments(g, m, v, beta1, ombeta1, beta2, ombeta2, ROOT_DENOMINATOR: tl.constexpr):
-    """``(m, v)`` after the step."""
-    new_m = beta1 * m + ombeta1 * g
-    if ROOT_DENOMINATOR:
-        return new_m, beta2 * v + ombeta2 * (g * g)
-    return new_m, tl.maximum(beta2 * v, tl.abs(g))
 
 
 @triton.jit
@@ -113,8 +110,9 @@ def moments_kernel(
     tensor_state_ptr,
     seed_ptr,  # int32 [2]
     partials_ptr,  # float32 [rows, COLUMNS]
-    PARAM_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    PARAM_DTYPE: tl.constexpr,  # this, and the next two: see triton_state
+    BESIDE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
@@ -136,18 +134,19 @@ def moments_kernel(
     if tl.load(row_ptr + C_ACTIVE) == 0.0:
         return
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
-    param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
-    m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
-    v_ptr = data_pointer(tl.load(address_ptr + A_V), start, tl.float32, ALIGNED)
+    param_ptr, beside_ptr = weight_pointers(address_ptr, start, PARAM_DTYPE, BESIDE_DTYPE, ALIGNED)
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moment_pointers(
+        address_ptr, start, MOMENT_DTYPE, ALIGNED
+    )
     grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
     signs_ptr = (tl.load(address_ptr + A_SIGNS) + start // 8).to(tl.pointer_type(tl.uint8))
-    if COPY_DTYPE is not None:
-        copy_ptr = data_pointer(tl.load(address_ptr + A_COPY), start, COPY_DTYPE, ALIGNED)
-    if STOCHASTIC:
-        first_key, second_key = chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
+    first_key, second_key = rounding_keys(seed_ptr, tensor_state_ptr, tensor, start, STOCHASTIC)
+    dither = dither_key(tensor_state_ptr, tensor)
     applies = 1.0 - tl.load(row_ptr + C_DEFERRED)
-    beta1, ombeta1 = tl.load(row_ptr + C_BETA1), tl.load(row_ptr + C_OMBETA1)
-    beta2, ombeta2 = tl.load(row_ptr + C_BETA2), tl.load(row_ptr + C_OMBETA2)
+    keeps_moments = applies
+    if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
+        keeps_moments = 1.0
+    beta1, ombeta1, beta2, ombeta2 = load_betas(row_ptr)
     clip = tl.load(row_ptr + C_CLIP)
     m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
     step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
@@ -156,9 +155,11 @@ def moments_kernel(
     for offset in range(0, length, ROWS * VECTOR):
         indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
         g = tl.load(grad_ptr + indices, mask=inside, other=0.0).to(tl.float32)
-        p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + indices, mask=inside, other=0.0)
-        v = tl.load(v_ptr + indices, mask=inside, other=1.0)
+        p = load_weights(param_ptr, beside_ptr, indices, inside, BESIDE_DTYPE)
+        m, v = load_moments(
+            m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset, length,
+            MOMENT_DTYPE, ROWS, VECTOR,
+        )  # fmt: skip
         taken = inside
         if MASKS:
             taken = inside & (tl.abs(g) < float("inf"))
@@ -177,22 +178,21 @@ def moments_kernel(
             # What is left out adds nothing to any sum but |p|^2.
             u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
             m = tl.where(taken, m, 0.0)
-        if STOCHASTIC:
-            rounded = round_at_random(new_p, indices, first_key, second_key, PARAM_DTYPE)
-        else:
-            rounded = round_to(new_p, PARAM_DTYPE)
-        tl.store(m_ptr + indices, new_m, mask=inside)
-        tl.store(v_ptr + indices, new_v, mask=inside)
-        applied = where_set(inside, applies)
-        tl.store(param_ptr + indices, rounded, mask=applied)
-        if COPY_DTYPE is not None:
-            tl.store(copy_ptr + indices, round_to(new_p, COPY_DTYPE), mask=applied)
+        # Moments that storing rounds wait for their update, which is computed from them again.
+        if keeps_moments != 0.0:
+            store_moments(
+                new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
+                length, start, dither, MOMENT_DTYPE, ROWS, VECTOR,
+            )  # fmt: skip
+        kept = store_weights(
+            new_p, param_ptr, beside_ptr, indices, where_set(inside, applies), first_key,
+            second_key, PARAM_DTYPE, BESIDE_DTYPE, STOCHASTIC,
+        )  # fmt: skip
 
         same_sign_grad = taken
         if SIGNS:
             same_sign_grad = taken & exchange_signs(signs_ptr, offset, length, g, ROWS, VECTOR)
         if COLUMNS > 0:
-            kept = rounded.to(tl.float32)
             param_sq, update_sq = tl.sum(p * p, axis=1), tl.sum(u * u, axis=1)
             new_param_sq, masked = tl.sum(kept * kept, axis=1), tl.zeros([ROWS], tl.float32)
             if MASKS:
