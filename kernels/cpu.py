@@ -185,6 +185,8 @@ def _check_layout(layout: StepLayout) -> None:
             if column is not None and column[index] is not None:
                 _check_tensor(column[index], torch.float32, param.shape, f"{name}[{index}]")
                 check_same_memory_order(column[index], param, f"{name}[{index}]")
+        if layout.master_corrections is not None:
+            raise ValueError("backend 'cpu' does not step split masters: use backend='reference'")
         if layout.grad_signs is not None:
             size = (-(-param.numel() // 8),)
             _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lhopt_fused.kernels.formats import (
+    decode,
+    encode,
+    in_memory_order,
+    join_master,
+    memory_order,
+    split_master,
+)
 from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
@@ -42,7 +50,7 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def is_negative_bits(x: torch.Tensor) -> torch.Tensor:
     """Pack ``x < 0`` into uint8 ``[ceil(numel / 8)]``: element i, in memory order, is bit i % 8."""
-    flat = (_memory_order(x) < 0).to(torch.uint8)
+    flat = (memory_order(x) < 0).to(torch.uint8)
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
     return (padded * weights).sum(1, dtype=torch.uint8)
@@ -52,19 +60,7 @@ def unpack_bits(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Undo :func:`is_negative_bits`: a bool tensor with the shape and memory order of ``like``."""
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = ((bits[:, None] >> positions) & 1).flatten()[: like.numel()]
-    return _in_memory_order(flat.to(torch.bool), like)
-
-
-def _memory_order(x: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor as a 1-d view in the order in which they lie in memory."""
-    return x.as_strided((x.numel(),), (1,))
-
-
-def _in_memory_order(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``flat [numel]`` with the shape of ``like``: element i is the i-th of ``like`` in memory."""
-    shaped = torch.empty_like(like, dtype=flat.dtype)
-    _memory_order(shaped).copy_(flat)
-    return shaped
+    return in_memory_order(flat.to(torch.bool), like)
 
 
 def clip_coefficient(
@@ -99,12 +95,56 @@ def clip_coefficient(
 
 
 @dataclass
+class _Moment:
+    """A moment as it is kept: numbers, or codes with scales."""
+
+    stored: torch.Tensor
+    scales: torch.Tensor | None
+
+    def read(self) -> torch.Tensor:
+        return decode(self.stored, self.scales)
+
+    def write(self, values: torch.Tensor, step: int) -> None:
+        stored, scales = encode(values, self.stored.dtype, step)
+        self.stored.copy_(stored)
+        if self.scales is not None and scales is not None:
+            self.scales.copy_(scales.view_as(self.scales))
+
+
+@dataclass
+class _Weights:
+    """What is stepped: a parameter, its float32 master, or the master that it has a part of."""
+
+    param: torch.Tensor
+    master: torch.Tensor | None
+    correction: torch.Tensor | None
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """A copy."""
+        if self.correction is not None:
+            return join_master(self.param, self.correction)
+        return (self.param if self.master is None else self.master).to(dtype, copy=True)
+
+    def write(self, values: torch.Tensor) -> torch.Tensor:
+        """Store, and return what has a norm: the parameter, or the master before it is split."""
+        if self.correction is not None:
+            param, correction = split_master(values, self.correction.dtype)
+            self.param.copy_(param)
+            self.correction.copy_(correction)
+            return values
+        if self.master is not None:
+            self.master.copy_(values)
+        self.param.copy_(values)
+        return self.param if self.master is None else self.master
+
+
+@dataclass
 class _TensorStep:
     """One tensor's step: its arrays and the scalars that govern it.
 
-    ``weights`` is what is stepped: the parameter, or its float32 master. Elements with a gradient
-    that is not finite are left alone, and out of every sum but ``param_sq``. A piece of a tensor
-    is stepped in two calls, between which its sums become those of the whole.
+    Elements with a gradient that is not finite are left alone, to the rounding of their moments,
+    and out of every sum but ``param_sq``. A piece of a tensor is stepped in two calls, between
+    which its sums become those of the whole.
     """
 
     options: StepOptions
@@ -112,11 +152,10 @@ class _TensorStep:
     state: dict[str, float]
     clip: float
     uses_trust: bool
-    weights: torch.Tensor
-    copy: torch.Tensor | None  # the parameter of a master
+    weights: _Weights
     grad: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    exp_avg: _Moment
+    exp_avg_sq: _Moment
     grad_signs: torch.Tensor | None
     random_key: tuple[int, int] | None  # seed and tensor, where rounding is stochastic
     is_deferred: bool = False  # the parameter's update, until |u| is known
@@ -145,10 +184,11 @@ class _TensorStep:
         s, state = self.scalars, self.state
         beta1, beta2 = 1.0 - s["ombeta1"], 1.0 - s["ombeta2"]
         finite = torch.isfinite(self.grad)
-        g = self.grad.to(self.exp_avg.dtype).where(finite, 0.0)
+        m_before, v_before = self.exp_avg.read(), self.exp_avg_sq.read()
+        g = self.grad.to(m_before.dtype).where(finite, 0.0)
         g = g * (-self.clip if self.options.maximize else self.clip)
-        p = self.weights.to(self.exp_avg.dtype, copy=True)
-        momentum = self.exp_avg.where(finite, 0.0)
+        p = self.weights.read(m_before.dtype)
+        momentum = m_before.where(finite, 0.0)
         first_step = state["step"] == 0
         self.is_deferred = self.uses_trust and (self.options.trust is Trust.EXACT or first_step)
 
@@ -158,18 +198,18 @@ class _TensorStep:
 
         m = beta1 * momentum + (1 - beta1) * g
         if self.options.denominator is Denominator.MAX:
-            v = torch.maximum(beta2 * self.exp_avg_sq, g.abs())
+            v = torch.maximum(beta2 * v_before, g.abs())
             denominator = v
         else:
-            v = beta2 * self.exp_avg_sq + (1 - beta2) * g.square()
+            v = beta2 * v_before + (1 - beta2) * g.square()
             denominator = v.sqrt() / math.sqrt(state["bias_correction2"])
         m_hat = m / state["bias_correction1"]
         u = m_hat / (denominator + s["epsilon"])
         if self.options.weight_decay is WeightDecay.IN_UPDATE:
             u = u + s["weight_decay"] * p
         u = u.where(finite, 0.0)
-        self.exp_avg.copy_(m.where(finite, self.exp_avg))
-        self.exp_avg_sq.copy_(v.where(finite, self.exp_avg_sq))
+        self.exp_avg.write(m.where(finite, m_before), int(state["step"]))
+        self.exp_avg_sq.write(v.where(finite, v_before), int(state["step"]))
         self.update, self.finite = u, finite
 
         knows_trust = self.uses_trust and not self.is_deferred
@@ -202,12 +242,10 @@ class _TensorStep:
 
     def apply(self, measured: dict[str, float]) -> float:
         """Update the parameter as ``measured`` says; returns the square of its norm then."""
-        p = self.weights.to(self.exp_avg.dtype)
+        p = self.weights.read(self.update.dtype)
         new = p * measured["decay_factor"] - measured["step_size"] * self.update
-        self.weights.copy_(self._rounded(new.where(self.finite, p)))
-        if self.copy is not None:
-            self.copy.copy_(self.weights)
-        return _dot(self.weights, self.weights)
+        stored = self.weights.write(self._rounded(new.where(self.finite, p)))
+        return _dot(stored, stored)
 
     def _decay_factor(self, step_size: float) -> float:
         if self.options.weight_decay is WeightDecay.DECOUPLED:
@@ -215,14 +253,13 @@ class _TensorStep:
         return 1.0
 
     def _rounded(self, result: torch.Tensor) -> torch.Tensor:
-        """``result`` as a number of the weights' dtype, where chance has a say in that."""
-        if self.random_key is None or self.weights.dtype not in (torch.bfloat16, torch.float16):
+        """``result`` as a number of the parameter's dtype, where chance has a say in that."""
+        param = self.weights.param
+        if self.random_key is None or param.dtype not in (torch.bfloat16, torch.float16):
             return result
         elements = torch.arange(result.numel(), device=result.device)
         words = random_words(*self.random_key, int(self.state["step"]), elements)
-        return round_stochastically(
-            result, _in_memory_order(words, self.weights), self.weights.dtype
-        )
+        return round_stochastically(result, in_memory_order(words, param), param.dtype)
 
     def _warmup(self) -> float:
         """Approximate RAdam warm-up of the learning rate, or 1."""
@@ -331,7 +368,10 @@ class ReferenceBackend:
     def _tensor_step(self, index: int, scalars: dict[str, float], clip: float) -> _TensorStep:
         layout, grad = self.layout, self._grads[index]
         assert grad is not None
-        master = layout.master_params[index] if layout.master_params else None
+
+        def own(tensors: Sequence[torch.Tensor | None] | None) -> torch.Tensor | None:
+            return tensors[index] if tensors else None
+
         state = layout.tensor_state[index].tolist()
         return _TensorStep(
             options=layout.options[layout.group_of[index]],
@@ -339,12 +379,13 @@ class ReferenceBackend:
             state=dict(zip(TENSOR_STATE, state, strict=True)),
             clip=clip,
             uses_trust=layout.uses_trust(index),
-            weights=layout.params[index] if master is None else master,
-            copy=None if master is None else layout.params[index],
+            weights=_Weights(
+                layout.params[index], own(layout.master_params), own(layout.master_corrections)
+            ),
             grad=grad,
-            exp_avg=layout.exp_avgs[index],
-            exp_avg_sq=layout.exp_avg_sqs[index],
-            grad_signs=layout.grad_signs[index] if layout.grad_signs else None,
+            exp_avg=_Moment(layout.exp_avgs[index], own(layout.exp_avg_scales)),
+            exp_avg_sq=_Moment(layout.exp_avg_sqs[index], own(layout.exp_avg_sq_scales)),
+            grad_signs=own(layout.grad_signs),
             random_key=(layout.rounding_seed, index) if layout.rounding == "stochastic" else None,
         )
 

@@ -10,13 +10,13 @@ from typing import Final
 
 import torch
 
-__all__ = ["random_words", "round_stochastically"]
+__all__ = ["bits_of", "float_of", "mix", "random_words", "round_stochastically"]
 
 _WORD: Final = 0xFFFF_FFFF
 _STARTS: Final = (0x9E37_79B9, 0x85EB_CA6B)  # of the two keys; any two different words would do
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor) -> torch.Tensor:
     """A bijection of 32-bit words, held in int64, that mixes all bits (lowbias32, C. Wellons)."""
     x = ((x ^ (x >> 16)) * 0x7FEB_352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846C_A68B) & _WORD
@@ -42,10 +42,10 @@ def random_words(seed: int, tensor: int, step: int, elements: torch.Tensor) -> t
     for start in _STARTS:
         key = torch.full_like(elements, start)
         for word in (seed, seed >> 32, tensor, step):
-            key = _mix(key ^ (word & _WORD))
-        keys.append(_mix(key ^ (elements >> 32)))
+            key = mix(key ^ (word & _WORD))
+        keys.append(mix(key ^ (elements >> 32)))
     first, second = keys
-    return _mix(_mix(((elements & _WORD) + first) & _WORD) ^ second)
+    return mix(mix(((elements & _WORD) + first) & _WORD) ^ second)
 
 
 def round_stochastically(x: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -61,11 +61,11 @@ def round_stochastically(x: torch.Tensor, words: torch.Tensor, dtype: torch.dtyp
         words: int64, random in [0, 2^32), of the shape of ``x``.
         dtype: bfloat16 or float16.
     """
-    bits = x.view(torch.int32).to(torch.int64) & _WORD
+    bits = bits_of(x)
     if dtype == torch.bfloat16:  # the upper half of a float32: the lower one carries at random
-        rounded = _as_float((bits + (words >> 16)) & 0xFFFF_0000)
+        rounded = float_of((bits + (words >> 16)) & 0xFFFF_0000)
     else:  # drops 13 bits of the fraction; below 2^-14 its numbers are the multiples of 2^-24
-        normal = _as_float((bits + (words >> 19)) & 0xFFFF_E000)
+        normal = float_of((bits + (words >> 19)) & 0xFFFF_E000)
         multiple = x.abs() * 2.0**24
         below = multiple.floor()
         above = (words >> 8).to(x.dtype) * 2.0**-24 < multiple - below
@@ -74,6 +74,11 @@ def round_stochastically(x: torch.Tensor, words: torch.Tensor, dtype: torch.dtyp
     return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x).to(dtype)
 
 
-def _as_float(bits: torch.Tensor) -> torch.Tensor:
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of float32 numbers, int64 in [0, 2^32)."""
+    return x.view(torch.int32).to(torch.int64) & _WORD
+
+
+def float_of(bits: torch.Tensor) -> torch.Tensor:
     """The float32 numbers with these bits, given in [0, 2^32) as int64."""
     return (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)

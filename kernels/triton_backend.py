@@ -304,5 +304,10 @@ def check_layout(layout: StepLayout) -> None:
             raise ValueError(
                 "backend 'triton' steps float32, bfloat16 and float16 parameters with float32 "
                 f"moments; parameter {index} is {param.dtype} with moments "
-                f"{sorted(map(str, moments))}: choose backend='reference' for float64"
+                f"{sorted(map(str, moments))}: choose backend='reference' for others"
             )
+    if layout.master_corrections is not None:
+        raise ValueError(
+            "backend 'triton' does not step split masters: choose master_weights=True, or "
+            "backend='reference'"
+        )

@@ -13,7 +13,7 @@ from lhopt_fused.kernels import BackendName
 from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.optimizer import MeasuredOptimizer
 from lhopt_fused.ranks import RankGroup
-from lhopt_fused.types import NonFinite, Rounding, StepOptions
+from lhopt_fused.types import MasterWeights, Moments, NonFinite, Rounding, StepOptions
 
 __all__ = ["AdamW"]
 
@@ -22,7 +22,8 @@ class AdamW(MeasuredOptimizer):
     """Drop-in for :class:`torch.optim.AdamW` that measures itself (Loshchilov & Hutter 2019).
 
     The same arguments, defaults and result, to rounding: moments are kept in float32 for 16-bit
-    parameters, where torch keeps 16 bits. Checkpoints of :class:`torch.optim.AdamW` load.
+    parameters, where torch keeps 16 bits, or as ``moments`` says. Checkpoints of
+    :class:`torch.optim.AdamW` load.
 
     Args:
         params: parameters or param groups.
@@ -34,8 +35,8 @@ class AdamW(MeasuredOptimizer):
         maximize: step along the gradient instead of against it.
         foreach, capturable, fused: accepted for compatibility; the backend decides.
         differentiable: not supported; must be False.
-        inner_feature_frequency, backend, nonfinite, keep_grad_signs, master_weights, rounding,
-            rounding_seed, process_group: as for :class:`CIAO`.
+        inner_feature_frequency, backend, nonfinite, keep_grad_signs, master_weights, moments,
+            rounding, rounding_seed, process_group: as for :class:`CIAO`.
 
     Raises:
         ValueError, TypeError: a bad hyperparameter or parameter, named.
@@ -61,7 +62,8 @@ class AdamW(MeasuredOptimizer):
         backend: BackendName = "auto",
         nonfinite: NonFinite = "skip",
         keep_grad_signs: bool = False,
-        master_weights: bool = False,
+        master_weights: MasterWeights = False,
+        moments: Moments = "float32",
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         process_group: RankGroup = "auto",
@@ -86,6 +88,7 @@ class AdamW(MeasuredOptimizer):
             nonfinite=nonfinite,
             keep_grad_signs=keep_grad_signs,
             master_weights=master_weights,
+            moments=moments,
             rounding=rounding,
             rounding_seed=rounding_seed,
             process_group=process_group,

@@ -17,6 +17,8 @@ from lhopt_fused.types import (
     SCALARS,
     Clip,
     Denominator,
+    MasterWeights,
+    Moments,
     NonFinite,
     Rounding,
     StepOptions,
@@ -84,7 +86,13 @@ class CIAO(MeasuredOptimizer):
         master_weights: keep float32 weights in the state of bfloat16 and float16 parameters; the
             step is theirs, and the parameters are their copies, rounded to the nearest. They begin
             as the parameters are at the first step; what is written to a parameter after that is
-            lost. Other parameters have none.
+            lost. Other parameters have none. ``"split8"`` and ``"split16"`` keep just the 8 or 16
+            bits that bfloat16 parameters lack of such weights (16: exact; 8: to 2^-8 of the
+            distance between two parameters), and float16 ones are refused.
+        moments: how both moments are kept: ``"float32"``, ``"bfloat16"``, or ``"int8"``, which
+            takes 8 bits and 1/64 of a 16-bit scale for elements of matrices of 4,096 and more whose
+            rows are multiples of 64, and leaves others as they are. Steps are taken in float32 and
+            rounded when they are stored, dithered, so that nothing is lost on average.
         rounding: what becomes of results in bfloat16 and float16 parameters without such weights:
             ``"nearest"`` loses updates that are too small for the parameter, ``"stochastic"``
             rounds up or down at random, so that they are there on average.
@@ -133,7 +141,8 @@ class CIAO(MeasuredOptimizer):
         backend: BackendName = "auto",
         nonfinite: NonFinite = "skip",
         keep_grad_signs: bool = False,
-        master_weights: bool = False,
+        master_weights: MasterWeights = False,
+        moments: Moments = "float32",
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         process_group: RankGroup = "auto",
@@ -166,6 +175,7 @@ class CIAO(MeasuredOptimizer):
             nonfinite=nonfinite,
             keep_grad_signs=keep_grad_signs,
             master_weights=master_weights,
+            moments=moments,
             rounding=rounding,
             rounding_seed=rounding_seed,
             process_group=process_group,

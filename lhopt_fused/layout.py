@@ -7,28 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lhopt_fused.kernels.formats import (
+    QUANTISED,
+    correction_of,
+    decode,
+    encode,
+    join_master,
+    scales_shape,
+    takes_blocks,
+)
 from lhopt_fused.types import (
     GROUP_STATE,
     SCALARS,
     TENSOR_STATE,
+    MasterWeights,
+    Moments,
     Rounding,
     StepLayout,
     StepOptions,
 )
 
-__all__ = ["DenseViews", "bind_layout", "check_params", "check_rounding", "same_memory_order"]
+__all__ = [
+    "DenseViews",
+    "bind_layout",
+    "check_params",
+    "check_split",
+    "check_storage",
+    "same_memory_order",
+]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
+_CORRECTIONS: Final = {"split8": torch.int8, "split16": torch.int16}  # of split masters
 
 
-def check_rounding(rounding: object, rounding_seed: object, master_weights: object) -> None:
-    """Refuse what no layout can mean.
+def check_storage(
+    rounding: object, rounding_seed: object, master_weights: object, moments: object
+) -> None:
+    """Refuse settings of how numbers are kept that no layout can mean.
 
     Raises:
         ValueError: a setting of another kind, or stochastic rounding where nothing is rounded.
@@ -37,11 +58,16 @@ def check_rounding(rounding: object, rounding_seed: object, master_weights: obje
         raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
     if isinstance(rounding_seed, bool) or not isinstance(rounding_seed, int):
         raise ValueError(f"rounding_seed must be an integer, got {rounding_seed!r}")
-    if not isinstance(master_weights, bool):
-        raise ValueError(f"master_weights must be True or False, got {master_weights!r}")
+    if not isinstance(master_weights, bool) and master_weights not in _CORRECTIONS:
+        raise ValueError(
+            f"master_weights must be True, False or one of {(*_CORRECTIONS,)}, got "
+            f"{master_weights!r}"
+        )
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments must be one of {get_args(Moments)}, got {moments!r}")
     if master_weights and rounding == "stochastic":
         raise ValueError(
-            "master_weights=True keeps what rounding loses, so that rounding='stochastic' has "
+            f"master_weights={master_weights!r} keeps what rounding loses, so that rounding='stochastic' has "
             "nothing to do; choose one of them"
         )
 
@@ -70,6 +96,24 @@ def check_params(params: Sequence[torch.Tensor], where: str) -> None:
             raise ValueError(
                 f"{name} of shape {tuple(p.shape)} and strides {p.stride()} has elements that "
                 "share memory; make it contiguous before you pass it to the optimizer"
+            )
+
+
+def check_split(
+    params: Sequence[torch.Tensor], master_weights: MasterWeights, where: str
+) -> None:
+    """Refuse parameters whose masters cannot be split.
+
+    Raises:
+        TypeError: a float16 parameter, of which there is no such master.
+    """
+    if isinstance(master_weights, bool):
+        return
+    for index, p in enumerate(params):
+        if p.dtype == torch.float16:
+            raise TypeError(
+                f"{where}['params'][{index}] is float16, whose range is not that of float32; "
+                f"master_weights={master_weights!r} takes bfloat16: use master_weights=True"
             )
 
 
@@ -216,14 +260,26 @@ def bind_layout(
     masks_nonfinite: bool,
     rounding: Rounding,
     rounding_seed: int,
-    master_weights: bool,
-    whole_numel: list[int] | None = None,
+    master_weights: MasterWeights,
+    moments: Moments = "float32",
+    whole_shapes: Sequence[torch.Size] | None = None,
 ) -> StepLayout:
     """Allocate what is missing in ``states`` and ``groups`` and bind all of it into one layout.
 
     The scalars of a tensor's state become 0-dim float64 views into ``layout.tensor_state``, those
     of a group a view into ``layout.group_state``; values that are there already are kept, whatever
-    tensor they were in.
+    tensor they were in. Moments and masters that are kept otherwise than is wanted are converted.
+
+    Args:
+        params: T tensors to be stepped, or pieces of them.
+        dense_params: their stand-ins, see :class:`DenseViews`.
+        states: what is kept of each.
+        group_of: index of each one's group.
+        groups: what is kept of each group.
+        options: of each group.
+        keep_grad_signs, masks_nonfinite, rounding, rounding_seed, master_weights, moments: as
+            for :class:`~lhopt_fused.CIAO` and :class:`StepLayout`.
+        whole_shapes: of the whole tensors, where ``params`` are pieces of them.
 
     Raises:
         ValueError: parameters on more than one device, or state of another shape.
@@ -239,12 +295,17 @@ def bind_layout(
     def table(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
+    shapes = [p.shape for p in params] if whole_shapes is None else whole_shapes
+    for state, param, shape in zip(states, dense_params, shapes, strict=True):
+        for name in QUANTISED:
+            _bind_moment(state, name, param, _moment_dtype(name, param.dtype, shape, moments))
+    masters = [
+        _bind_master(*of, master_weights) for of in zip(states, dense_params, params, strict=True)
+    ]
     layout = StepLayout(
         params=dense_params,
-        exp_avgs=[_moment(s, "exp_avg", p) for s, p in zip(states, dense_params, strict=True)],
-        exp_avg_sqs=[
-            _moment(s, "exp_avg_sq", p) for s, p in zip(states, dense_params, strict=True)
-        ],
+        exp_avgs=[state["exp_avg"] for state in states],
+        exp_avg_sqs=[state["exp_avg_sq"] for state in states],
         grad_signs=(
             [_signs(s, p) for s, p in zip(states, dense_params, strict=True)]
             if keep_grad_signs
@@ -259,18 +320,14 @@ def bind_layout(
         tensor_state=table(len(params), len(TENSOR_STATE)),
         skipped_steps=torch.zeros(1, dtype=torch.int64, device=device),
         masks_nonfinite=masks_nonfinite,
-        master_params=(
-            [_master(*of) for of in zip(states, dense_params, params, strict=True)]
-            if master_weights
-            else None
-        ),
+        master_params=masters if master_weights is True else None,
+        master_corrections=masters if master_weights in _CORRECTIONS else None,
+        exp_avg_scales=_column(states, "exp_avg_scale"),
+        exp_avg_sq_scales=_column(states, "exp_avg_sq_scale"),
         rounding=rounding,
         rounding_seed=rounding_seed,
-        whole_numel=whole_numel,
+        whole_numel=[shape.numel() for shape in shapes],
     )
-    if not master_weights:
-        for state in states:
-            state.pop("master_param", None)  # of a checkpoint; it would not be kept up to date
     values = [[float(s.get(name, 0.0)) for name in TENSOR_STATE] for s in states]
     layout.tensor_state.copy_(torch.tensor(values, dtype=torch.float64))
     for state, row in zip(states, layout.tensor_state, strict=True):
@@ -282,22 +339,87 @@ def bind_layout(
     return layout
 
 
-def _moment(state: dict[str, Any], name: str, param: torch.Tensor) -> torch.Tensor:
-    """The moment ``name`` of one tensor, in its parameter's memory order."""
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+def _column(states: Sequence[dict[str, Any]], name: str) -> list[torch.Tensor | None] | None:
+    """State ``name`` of each tensor, None where none has it."""
+    column = [state.get(name) for state in states]
+    return column if any(value is not None for value in column) else None
+
+
+def _moment_dtype(
+    name: str, param_dtype: torch.dtype, whole_shape: torch.Size, moments: Moments
+) -> torch.dtype:
+    """What the moment ``name`` of a tensor is kept in."""
+    if param_dtype == torch.float64:
+        return torch.float64
+    if moments == "bfloat16":
+        return torch.bfloat16
+    return QUANTISED[name] if moments == "int8" and takes_blocks(whole_shape) else torch.float32
+
+
+def _bind_moment(
+    state: dict[str, Any], name: str, param: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """See that the moment ``name`` of one tensor is there, and as it is to be kept.
+
+    Raises:
+        ValueError: it has another shape than the parameter, or its scales do not fit it.
+    """
+    is_quantised = dtype in QUANTISED.values()
     if state.get(name) is None:
         state[name] = torch.zeros_like(param, dtype=dtype)
-    return _beside(state, name, param, dtype)
+        if is_quantised:
+            state[f"{name}_scale"] = torch.zeros(
+                scales_shape(param.shape), dtype=torch.bfloat16, device=param.device
+            )
+        return
+    held, scales = state[name], state.pop(f"{name}_scale", None)
+    if held.dtype in QUANTISED.values():
+        _check_scales(name, held, scales)
+    if held.dtype == dtype and (not is_quantised or same_memory_order(held, param)):
+        _beside(state, name, param, dtype)
+    else:
+        kept_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        state[name] = decode(held if _is_dense(held) else held.contiguous(), scales)
+        state[name], scales = encode(_beside(state, name, param, kept_dtype), dtype)
+    if is_quantised:
+        shape = scales_shape(param.shape)
+        state[f"{name}_scale"] = scales.to(param.device).reshape(shape).contiguous()
 
 
-def _master(state: dict[str, Any], param: torch.Tensor, start: torch.Tensor) -> torch.Tensor | None:
-    """The float32 master of a 16-bit parameter, which begins as ``start``."""
-    if param.dtype not in _HALVES:
-        state.pop("master_param", None)
+def _check_scales(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -> None:
+    expected = scales_shape(codes.shape)
+    if scales is None or scales.shape != expected or scales.dtype != torch.bfloat16:
+        found = "missing" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        raise ValueError(
+            f"state {name!r} has codes of 8 bits, and its scales, {name + '_scale'!r}, are {found}; "
+            f"expected bfloat16 {expected}: load the state dict as it was saved"
+        )
+
+
+def _bind_master(
+    state: dict[str, Any], param: torch.Tensor, start: torch.Tensor, kind: MasterWeights
+) -> torch.Tensor | None:
+    """What a 16-bit parameter, which begins as ``start``, keeps beside itself; None for nothing.
+
+    What is there of another kind is converted; what is not wanted, and would not be kept up to
+    date, is dropped.
+    """
+    master, correction = state.pop("master_param", None), state.pop("master_correction", None)
+    if param.dtype not in _HALVES or kind is False:
         return None
-    if state.get("master_param") is None:
-        state["master_param"] = torch.empty_like(param, dtype=torch.float32).copy_(start)
-    return _beside(state, "master_param", param, torch.float32)
+    if kind is True:
+        if master is None and correction is not None:
+            master = join_master(start, correction)
+        state["master_param"] = start.detach().float() if master is None else master
+        return _beside(state, "master_param", param, torch.float32)
+    dtype = _CORRECTIONS[str(kind)]
+    if correction is None or correction.dtype != dtype:
+        if correction is not None:
+            master = join_master(start, correction)
+        master = start.detach().float() if master is None else master
+        correction = correction_of(master, start, dtype)
+    state["master_correction"] = correction
+    return _beside(state, "master_correction", param, dtype)
 
 
 def _beside(

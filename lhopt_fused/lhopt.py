@@ -365,7 +365,10 @@ class LHOPT(CIAO):
             "exp_avg": layout.exp_avgs,
             "exp_avg_sq": layout.exp_avg_sqs,
             "grad_signs": layout.grad_signs or [],
+            "exp_avg_scale": layout.exp_avg_scales or [],
+            "exp_avg_sq_scale": layout.exp_avg_sq_scales or [],
             "master_param": layout.master_params or [],
+            "master_correction": layout.master_corrections or [],
         }
         for name, tensors in per_tensor.items():
             state |= {

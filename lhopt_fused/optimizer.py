@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels import BackendName, PhasedBackend, get_backend, resolve_backend
+from lhopt_fused.kernels.formats import scales_shape
 from lhopt_fused.kernels.gradients import Grads
 from lhopt_fused.layout import (
     DenseViews,
@@ -26,7 +27,8 @@ from lhopt_fused.layout import (
     check_disjoint,
     check_grad,
     check_params,
-    check_rounding,
+    check_split,
+    check_storage,
 )
 from lhopt_fused.numbers import LARGEST, number
 from lhopt_fused.placement import Sight, place
@@ -47,6 +49,8 @@ from lhopt_fused.types import (
     INNER_FEATURES,
     SCALARS,
     STATISTICS,
+    MasterWeights,
+    Moments,
     NonFinite,
     NonFiniteGradientError,
     Rounding,
@@ -56,9 +60,10 @@ from lhopt_fused.types import (
 __all__ = ["MeasuredOptimizer"]
 
 _STATE_KEY = "lhopt_fused"
-_VERSION = 1  # of what a state dict holds under that key
-_ROUNDING = ("rounding", "rounding_seed", "master_weights")  # settings that a checkpoint brings
-_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "master_param")  # state of its shape
+_VERSION = 2  # of a state dict, which holds it under that key
+_STORAGE = ("rounding", "rounding_seed", "master_weights", "moments")  # what a checkpoint brings
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "master_param", "master_correction")  # of its shape
+_SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # state of its rows, by blocks
 
 
 class _Run:
@@ -144,12 +149,13 @@ class MeasuredOptimizer(Optimizer):
         keep_grad_signs: bool,
         rounding: Rounding,
         rounding_seed: int,
-        master_weights: bool,
+        master_weights: MasterWeights,
+        moments: Moments,
         process_group: RankGroup,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
-        check_rounding(rounding, rounding_seed, master_weights)
+        check_storage(rounding, rounding_seed, master_weights, moments)
         resolve_backend(backend, torch.device("cpu"), set())
         if inner_feature_frequency is not None and (
             isinstance(inner_feature_frequency, bool)
@@ -168,6 +174,7 @@ class MeasuredOptimizer(Optimizer):
             "rounding": rounding,
             "rounding_seed": rounding_seed,
             "master_weights": master_weights,
+            "moments": moments,
         }
         if process_group != "auto":
             self._process_group = process_group
@@ -230,6 +237,7 @@ class MeasuredOptimizer(Optimizer):
         if all(isinstance(p, torch.Tensor) for p in tensors):  # else torch says what is wrong
             mine = pieces(tensors, where)
             check_params(mine, where)
+            check_split(mine, self._settings["master_weights"], where)
             check_disjoint([*map(local_tensor, self._all_params()), *mine])
         checked = {**self.defaults, **group}
         self._options(checked)
@@ -429,9 +437,9 @@ class MeasuredOptimizer(Optimizer):
         dtypes = {p.dtype for p in params}
         return resolve_backend(self._settings["backend"], params[0].device, dtypes)
 
-    def _rounding(self) -> dict[str, Any]:
-        """Settings of 16-bit parameters."""
-        return {name: self._settings[name] for name in _ROUNDING}
+    def _storage(self) -> dict[str, Any]:
+        """Settings of how numbers are kept between steps."""
+        return {name: self._settings[name] for name in _STORAGE}
 
     def _retire_run(self) -> None:
         """Forget the binding, keeping what it has counted."""
@@ -496,6 +504,7 @@ class MeasuredOptimizer(Optimizer):
         mine = pieces(params, "param_groups")
         self._check_pieces(params)
         check_params(mine, "param_groups")
+        check_split(mine, self._settings["master_weights"], "param_groups")
         check_disjoint(mine)
         for index, param in enumerate(params):
             grad = grad_piece(index, param)
@@ -519,8 +528,8 @@ class MeasuredOptimizer(Optimizer):
             self._group_options,
             keep_grad_signs=self._settings["keep_grad_signs"],
             masks_nonfinite=self._settings["nonfinite"] == "mask",
-            whole_numel=[p.numel() for p in params],
-            **self._rounding(),
+            whole_shapes=[p.shape for p in params],
+            **self._storage(),
         )
         layout.skipped_steps.fill_(self._skipped)
         backend = get_backend(self._backend_name(mine), layout)
@@ -586,7 +595,7 @@ class MeasuredOptimizer(Optimizer):
             "inner_step": self._inner_step,
             "skipped_steps": self.skipped_steps,
             "feature_sums": sums.clone() if sums is not None else None,
-            **self._rounding(),
+            **self._storage(),
         }
         return self._carry(saved, _STATE_KEY, measured)
 
@@ -609,7 +618,8 @@ class MeasuredOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.
 
-        How 16-bit parameters are rounded comes with it, like what is in ``param_groups``.
+        How moments are kept and 16-bit parameters are rounded comes with it, like what is in
+        ``param_groups``; a state dict that does not say it is taken over in the format set here.
 
         Raises:
             ValueError: the saved groups or tensors do not fit the ones here, or a newer version
@@ -628,7 +638,7 @@ class MeasuredOptimizer(Optimizer):
                 if isinstance(value, torch.Tensor):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
         measured = self._carried(state_dict, _STATE_KEY) or {}
-        self._settings |= {name: measured[name] for name in _ROUNDING if name in measured}
+        self._settings |= {name: measured[name] for name in _STORAGE if name in measured}
         self._run = self._pending = None
         self._group_values = []
         self._inner_step = measured.get("inner_step", 0)
@@ -657,13 +667,16 @@ class MeasuredOptimizer(Optimizer):
             raise ValueError(f"the state dict has state of parameters in no group: {unknown}")
         for saved_id, state in state_dict["state"].items():
             name, param = params[saved_id]
-            for key in _LIKE_PARAMETER:
-                if key in state and state[key].shape != param.shape:
+            for key in (*_LIKE_PARAMETER, *_SCALES):
+                if key not in state:
+                    continue
+                expected = scales_shape(param.shape) if key in _SCALES else param.shape
+                if state[key].shape != expected:
                     raise ValueError(
                         f"state {key!r} of {name} has shape {tuple(state[key].shape)}, the "
                         f"parameter {tuple(param.shape)}; was it saved from another model?"
                     )
-                if key in state and is_piece(param) and not is_sharded(state[key]):
+                if is_piece(param) and not is_sharded(state[key]):
                     raise ValueError(
                         f"state {key!r} of {name} is a whole tensor, but the parameter is sharded; "
                         "load it through torch.distributed.checkpoint.state_dict"
@@ -708,11 +721,11 @@ def _placed_state(
 ) -> dict[str, Any]:
     """``mine``, state of a piece, laid out like its parameter; as it was where it is the same."""
     result = dict(mine)
-    for name in _LIKE_PARAMETER:
+    for name in (*_LIKE_PARAMETER, *_SCALES):
         if name in mine:
             held = state.get(name)
             is_same = held is not None and local_tensor(held) is mine[name]
-            result[name] = held if is_same else placed(mine[name], param)
+            result[name] = held if is_same else placed(mine[name], param, name in _SCALES)
     return result
 
 

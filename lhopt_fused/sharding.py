@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from lhopt_fused.kernels import PhasedBackend
+from lhopt_fused.kernels.formats import scales_shape
 from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.placement import PythonPlacement
 from lhopt_fused.ranks import Ranks, is_sharded, local_tensor
@@ -119,19 +120,26 @@ def describe(param: torch.Tensor) -> tuple[Any, ...]:
     return tuple(param.shape), str(param.dtype), *laid_out
 
 
-def placed(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """``local``, a piece in the memory order of the parameter's, laid out like the parameter."""
+def placed(local: torch.Tensor, param: torch.Tensor, is_scales: bool = False) -> torch.Tensor:
+    """``local``, a piece in the memory order of the parameter's, laid out like the parameter.
+
+    Or, like its rows of blocks, the scales of a piece.
+    """
     if not is_sharded(param):
         return local
     from torch.distributed.tensor import DTensor
 
+    shape, stride = param.shape, param.stride()
+    if is_scales:
+        shape = torch.Size(scales_shape(param.shape))
+        stride = (shape[1], 1)
     return DTensor.from_local(
         local,
         param.device_mesh,  # type: ignore[attr-defined]
         param.placements,  # type: ignore[attr-defined]
         run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        shape=shape,
+        stride=stride,
     )
 
 

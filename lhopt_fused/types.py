@@ -25,6 +25,8 @@ __all__ = [
     "BackendUnavailableError",
     "Clip",
     "Denominator",
+    "MasterWeights",
+    "Moments",
     "NonFinite",
     "NonFiniteGradientError",
     "RanksDisagreeError",
@@ -199,6 +201,17 @@ the distance between two numbers; ``stochastic`` goes up or down at random, so t
 steps loses nothing.
 """
 
+Moments = Literal["float32", "bfloat16", "int8"]
+"""How exp_avg and exp_avg_sq are kept between steps, which compute in float32.
+
+``int8`` keeps a code and a share of a scale for each element: those of large matrices, see
+:mod:`lhopt_fused.kernels.formats`; other tensors keep float32. float64 parameters keep float64.
+"""
+
+MasterWeights = bool | Literal["split8", "split16"]
+"""What 16-bit parameters keep beside themselves: nothing, a float32 master, or, for bfloat16, the 8
+or 16 bits that they lack of one."""
+
 
 @dataclass
 class StepLayout:
@@ -210,15 +223,22 @@ class StepLayout:
     parameter, and never overlap; the small tables are float64, contiguous and on the same device.
     A backend reads ``scalars`` and gradients and writes everything else.
 
+    Moments are float32 (float64 for float64 parameters), or in fewer bits, which their dtypes tell:
+    bfloat16, or codes of 8 bits with a scale for each block. A step is taken with what has been
+    decoded and is rounded for storage at its end, as :mod:`lhopt_fused.kernels.formats` defines;
+    nothing of it, norms and statistics included, sees what the rounding has changed. Statistics
+    like ``momentum_sq`` are of the decoded moments before the step.
+
     A 16-bit parameter may have a float32 master: the step and its statistics are then those of the
-    master, and the parameter becomes its copy, rounded to the nearest. Without a master, results
-    are rounded to the parameter as ``rounding`` says, with the random bits that
+    master, and the parameter becomes its copy, rounded to the nearest. Instead, a bfloat16
+    parameter may have a correction, and both make a master. Without either, results are rounded to
+    the parameter as ``rounding`` says, with the random bits that
     :mod:`lhopt_fused.kernels.rounding` defines.
     """
 
     params: list[torch.Tensor]
-    exp_avgs: list[torch.Tensor]  # m: float32, or float64 for float64 parameters
-    exp_avg_sqs: list[torch.Tensor]  # v: like exp_avgs
+    exp_avgs: list[torch.Tensor]  # m: float32, bfloat16 or int8 codes; float64 for float64
+    exp_avg_sqs: list[torch.Tensor]  # v: like exp_avgs, but uint8 codes
     grad_signs: list[torch.Tensor] | None  # uint8 [ceil(numel / 8)], one bit per element, or None
     group_of: list[int]  # [T]
     is_vector: list[bool]  # [T] parameter with dim() <= 1
@@ -232,6 +252,9 @@ class StepLayout:
     master_params: list[torch.Tensor | None] | None = None  # None for each float32 parameter
     rounding: Rounding = "nearest"  # of 16-bit parameters that have no master
     rounding_seed: int = 0  # of stochastic rounding
+    master_corrections: list[torch.Tensor | None] | None = None  # int8 or int16, of its shape
+    exp_avg_scales: list[torch.Tensor | None] | None = None  # bfloat16 [numel / 64], of codes
+    exp_avg_sq_scales: list[torch.Tensor | None] | None = None
     whole_numel: list[int] | None = None  # [T] where params are pieces of tensors; else None
 
     @property

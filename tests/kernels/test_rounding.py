@@ -301,7 +301,10 @@ def test_a_stale_master_is_dropped() -> None:
     [
         ({"rounding": "up"}, "rounding must be one of"),
         ({"rounding_seed": 1.5}, "rounding_seed must be an integer"),
-        ({"master_weights": 1}, "master_weights must be True or False"),
+        ({"master_weights": 1}, "master_weights must be True, False or one of"),
+        ({"master_weights": "split4"}, "master_weights must be True, False or one of"),
+        ({"moments": "int4"}, "moments must be one of"),
+        ({"rounding": "stochastic", "master_weights": "split8"}, "choose one of them"),
         ({"rounding": "stochastic", "master_weights": True}, "choose one of them"),
     ],
 )
