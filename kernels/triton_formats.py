@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lhopt_fused.kernels import formats
 from lhopt_fused.kernels.triton_rounding import mix, upper_half
 from lhopt_fused.kernels.triton_tables import STATE_COLUMNS, STEP
 
@@ -26,7 +27,7 @@ __all__ = [
     "split_master",
 ]
 
-BLOCK = tl.constexpr(64)
+BLOCK = tl.constexpr(formats.BLOCK)
 PLACE_STEP = tl.constexpr(37345)
 TINY = tl.constexpr(2.0**-126)
 LARGEST_BITS = tl.constexpr(0x7F7F_0000)  # of bfloat16's largest finite number
