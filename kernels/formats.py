@@ -195,9 +195,7 @@ def split_master(master: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
     return param, correction_of(master, param, dtype)
 
 
-def correction_of(
-    master: torch.Tensor, param: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def correction_of(master: torch.Tensor, param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a bfloat16 parameter lacks of its float32 master, as far as ``dtype`` holds it."""
     lacks = (bits_of(master) - bits_of(param.float())).where(~master.isnan(), 0)
     if dtype == torch.int8:
@@ -217,4 +215,3 @@ def join_master(param: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
     joined = bits + (correction.to(torch.int64) << shift)
     stays = ((joined ^ bits) & 0x8000_0000) != 0
     return float_of(torch.where(stays, bits, joined))
-

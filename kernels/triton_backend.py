@@ -337,14 +337,13 @@ def _tensors(layout: StepLayout) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in column or () if tensor is not None)
 
 
-def _check_scales(
-    index: int, numel: int, column: Sequence[torch.Tensor | None] | None
-) -> None:
+def _check_scales(index: int, numel: int, column: Sequence[torch.Tensor | None] | None) -> None:
     """Refuse codes that are not whole blocks with a scale for each."""
     scales = None if column is None else column[index]
-    found = None if scales is None else (scales.dtype, scales.numel(), scales.is_contiguous())
-    if numel % BLOCK or found != (torch.bfloat16, numel // BLOCK, True):
+    is_whole = scales is not None and scales.numel() * BLOCK == numel and scales.is_contiguous()
+    if scales is None or not is_whole or scales.dtype != torch.bfloat16:
+        got = "none" if scales is None else f"{scales.numel()} in {scales.dtype}"
         raise ValueError(
             f"the codes of parameter {index}, {numel} in number, need a scale in bfloat16 for "
-            f"each {BLOCK} of them; got {'none' if scales is None else f'{scales.numel()} in {scales.dtype}'}"
+            f"each {BLOCK} of them; got {got}"
         )

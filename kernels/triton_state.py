@@ -102,7 +102,7 @@ def store_weights(
 @triton.jit
 def moment_pointers(address_ptr, start, MOMENT_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to element ``start`` of m and v, and to the scales of its block (of codes only)."""
-    v_dtype: tl.constexpr = tl.uint8 if MOMENT_DTYPE == tl.int8 else MOMENT_DTYPE
+    v_dtype: tl.constexpr = tl.uint8 if tl.int8 == MOMENT_DTYPE else MOMENT_DTYPE
     m_ptr = data_pointer(tl.load(address_ptr + A_M), start, MOMENT_DTYPE, ALIGNED)
     v_ptr = data_pointer(tl.load(address_ptr + A_V), start, v_dtype, ALIGNED)
     block = start // BLOCK
@@ -177,7 +177,7 @@ def store_moments(
             block, _, is_first = row_blocks(offset, length, ROWS, VECTOR)
             m_scale, v_scale = block_scale(m, VECTOR), block_scale(v, VECTOR)
             stored_m, stored_v = encode_m(m, m_scale, words), encode_v(v, v_scale, words)
-            tl.store(m_scale_ptr + block, m_scale.to(tl.bfloat16), mask=is_first)
-            tl.store(v_scale_ptr + block, v_scale.to(tl.bfloat16), mask=is_first)
+            tl.store(m_scale_ptr + block, round_to(m_scale, tl.bfloat16), mask=is_first)
+            tl.store(v_scale_ptr + block, round_to(v_scale, tl.bfloat16), mask=is_first)
     tl.store(m_ptr + indices, stored_m, mask=inside)
     tl.store(v_ptr + indices, stored_v, mask=inside)

@@ -62,7 +62,13 @@ def _moments_kernel(
 
 
 def keep_moments(
-    m: torch.Tensor, v: torch.Tensor, dtype: torch.dtype, state: torch.Tensor, *, start: int, vector: int
+    m: torch.Tensor,
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    state: torch.Tensor,
+    *,
+    start: int,
+    vector: int,
 ) -> tuple[torch.Tensor, ...]:
     """Store moments and read them again, as those of tensor 1 of ``state`` from ``start`` on.
 
@@ -70,7 +76,10 @@ def keep_moments(
         What is stored of each, their scales, and both as they are read.
     """
     count, blocks = m.numel(), -(-m.numel() // 64)
-    kept = [m.new_zeros(count, dtype=dtype) for dtype in (dtype, torch.uint8 if dtype == torch.int8 else dtype)]
+    kept = [
+        m.new_zeros(count, dtype=dtype)
+        for dtype in (dtype, torch.uint8 if dtype == torch.int8 else dtype)
+    ]
     scales = [m.new_full((blocks,), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
     decoded = m.clone(), v.clone()
     place = torch.tensor([1, start, count], dtype=torch.int64).to(m.device)
@@ -82,19 +91,31 @@ def keep_moments(
 
 
 @triton.jit
-def _master_kernel(
+def _split_master_kernel(
     master_ptr, p_ptr, correction_ptr, DTYPE: tl.constexpr, COUNT: tl.constexpr
 ):
     indices = tl.arange(0, COUNT)
     p, correction = split_master(tl.load(master_ptr + indices), DTYPE)
     tl.store(p_ptr + indices, p)
     tl.store(correction_ptr + indices, correction)
-    tl.store(master_ptr + indices, join_master(p, correction))
 
 
 def keep_master(master: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Split a master (a power of two of elements) -> parameter, correction, the master again."""
-    joined = master.clone()
     p, correction = (torch.empty_like(master, dtype=d) for d in (torch.bfloat16, dtype))
-    _master_kernel[(1,)](joined, p, correction, DTYPE=STATE_DTYPES[dtype], COUNT=len(master))
-    return p.cpu(), correction.cpu(), joined.cpu()
+    _split_master_kernel[(1,)](master, p, correction, DTYPE=STATE_DTYPES[dtype], COUNT=len(master))
+    return p.cpu(), correction.cpu(), read_master(p, correction)
+
+
+@triton.jit
+def _read_master_kernel(p_ptr, correction_ptr, master_ptr, COUNT: tl.constexpr):
+    indices = tl.arange(0, COUNT)
+    master = join_master(tl.load(p_ptr + indices), tl.load(correction_ptr + indices))
+    tl.store(master_ptr + indices, master)
+
+
+def read_master(p: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
+    """The master (a power of two of elements) of a parameter and its correction."""
+    master = torch.empty_like(p, dtype=torch.float32)
+    _read_master_kernel[(1,)](p, correction, master, COUNT=len(p))
+    return master.cpu()
