@@ -99,7 +99,7 @@ def decode_m(code, scale):
     """Undo :func:`encode_m`."""
     code = code.to(tl.float32)
     root = tl.rsqrt(254.0 - tl.abs(code))
-    return (scale[:, None] * code) * root * root
+    return scale[:, None] * (code * root * root)
 
 
 @triton.jit
