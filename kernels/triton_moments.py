@@ -173,9 +173,6 @@ def moments_kernel(
     first_key, second_key = rounding_keys(seed_ptr, tensor_state_ptr, tensor, start, STOCHASTIC)
     dither = dither_key(tensor_state_ptr, tensor)
     applies = 1.0 - tl.load(row_ptr + C_DEFERRED)
-    keeps_moments = applies
-    if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
-        keeps_moments = 1.0
     beta1, ombeta1, beta2, ombeta2 = load_betas(row_ptr)
     clip = tl.load(row_ptr + C_CLIP)
     m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
@@ -208,8 +205,7 @@ def moments_kernel(
             # What is left out adds nothing to any sum but |p|^2.
             u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
             m = tl.where(taken, m, 0.0)
-        # Moments that storing rounds wait for their update, which is computed from them again.
-        if keeps_moments != 0.0:
+        if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
             store_moments(
                 new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
                 length, start, dither, MOMENT_DTYPE, ROWS, VECTOR,
@@ -235,6 +231,14 @@ def moments_kernel(
                 param_sq, update_sq, new_param_sq, masked,
                 p, g, m, m_hat, u, taken & (s > epsilon), taken, same_sign_grad,
             )  # fmt: skip
+        if MOMENT_DTYPE != tl.float32:  # noqa: SIM102, SIM300 - as in triton_finalize
+            # What storing rounds waits for its update, which is computed from it again; and for
+            # the sums above, which need the registers.
+            if applies != 0.0:
+                store_moments(
+                    new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
+                    length, start, dither, MOMENT_DTYPE, ROWS, VECTOR,
+                )  # fmt: skip
     if COLUMNS > 0:
         columns = tl.arange(0, COLUMNS)
         tl.store(partials_ptr + row * COLUMNS + columns, tl.sum(sums, axis=0))
