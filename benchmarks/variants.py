@@ -210,6 +210,15 @@ VARIANTS: Final = (
         "adamw-bf16-stochastic", "AdamW bf16, stochastic rounding", 22, rounding="stochastic"
     ),
     _our_half("adamw-bf16-master", "AdamW bf16, fp32 master weights", 28, master_weights=True),
+    _our_half("adamw-bf16-moments", "AdamW bf16, bf16 moments", 14, moments="bfloat16"),
+    _our_half("adamw-bf16-int8", "AdamW bf16, int8 moments", 10, moments="int8"),
+    _our_half(
+        "adamw-bf16-int8-split8",
+        "AdamW bf16, int8 moments, 8 bits of masters",
+        12,
+        moments="int8",
+        master_weights="split8",
+    ),
     Variant(
         "torch-fused-bf16",
         "torch AdamW fused, bf16",

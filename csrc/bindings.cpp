@@ -85,9 +85,38 @@ GroupOptions MakeGroup(int denominator, int weight_decay, int clip, int trust,
           maximize};
 }
 
-TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> master, int64_t size,
-                      uintptr_t exp_avg, uintptr_t exp_avg_sq, std::optional<uintptr_t> grad_signs,
-                      int group, bool is_vector) {
+// Where a bfloat16 parameter's correction is, and its bits.
+using CorrectionPlace = std::pair<uintptr_t, int>;
+// Where the scales of both moments' codes are.
+using ScalePlaces = std::pair<uintptr_t, uintptr_t>;
+
+Correction CheckedCorrection(const std::optional<CorrectionPlace>& place, DType param_dtype,
+                             bool has_master, int64_t size) {
+  if (!place) return Correction::kNone;
+  const auto [address, bits] = *place;
+  Require(bits == 8 || bits == 16, "a correction has 8 or 16 bits");
+  Require(param_dtype == DType::kBFloat16 && !has_master,
+          "a correction is that of a bfloat16 parameter without a master");
+  Require(size == 0 || address != 0, "correction is a null pointer");
+  Require(address % (bits / 8) == 0, "correction is not aligned to its element size");
+  return bits == 8 ? Correction::k8Bits : Correction::k16Bits;
+}
+
+void CheckMoments(MomentType type, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+                  const std::optional<ScalePlaces>& scales, int64_t size) {
+  const uintptr_t width = type == MomentType::kFloat32 ? 4 : type == MomentType::kBFloat16 ? 2 : 1;
+  Require(exp_avg % width == 0, "exp_avg is not aligned to its element size");
+  Require(exp_avg_sq % width == 0, "exp_avg_sq is not aligned to its element size");
+  Require((type == MomentType::kCodes) == scales.has_value(), "codes and nothing else has scales");
+  if (!scales) return;
+  Require(size % kScaleBlock == 0, "codes come in whole blocks of 64");
+  Require(size == 0 || (scales->first != 0 && scales->second != 0), "a scale is a null pointer");
+}
+
+TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> master,
+                      std::optional<CorrectionPlace> correction, int64_t size, int moments,
+                      uintptr_t exp_avg, uintptr_t exp_avg_sq, std::optional<ScalePlaces> scales,
+                      std::optional<uintptr_t> grad_signs, int group, bool is_vector) {
   Require(size >= 0, "size is negative");
   Require(size == 0 || (param != 0 && exp_avg != 0 && exp_avg_sq != 0),
           "param, exp_avg or exp_avg_sq is a null pointer");
@@ -96,13 +125,22 @@ TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> maste
   const DType param_dtype = Checked<DType>(dtype, kNumDTypes, Named("dtype"));
   CheckElementAlignment(param, param_dtype, Named("param"));
   Require(!master || param_dtype != DType::kFloat32, "a float32 parameter needs no master");
+  const auto moment_type = Checked<MomentType>(moments, kNumMomentTypes, Named("moments"));
+  CheckMoments(moment_type, exp_avg, exp_avg_sq, scales, size);
+  const Correction kind = CheckedCorrection(correction, param_dtype, master.has_value(), size);
+  const auto [avg_scale, avg_sq_scale] = scales.value_or(ScalePlaces{0, 0});
   return {reinterpret_cast<void*>(param),
           Pointer<float>(master.value_or(0), "master"),
-          Pointer<float>(exp_avg, "exp_avg"),
-          Pointer<float>(exp_avg_sq, "exp_avg_sq"),
+          reinterpret_cast<void*>(correction.value_or(CorrectionPlace{0, 0}).first),
+          reinterpret_cast<void*>(exp_avg),
+          reinterpret_cast<void*>(exp_avg_sq),
+          Pointer<uint16_t>(avg_scale, "exp_avg_scale"),
+          Pointer<uint16_t>(avg_sq_scale, "exp_avg_sq_scale"),
           reinterpret_cast<uint8_t*>(grad_signs.value_or(0)),
           size,
           param_dtype,
+          moment_type,
+          kind,
           group,
           grad_signs.has_value(),
           is_vector};
@@ -270,8 +308,9 @@ void BindStep(py::module_& m) {
            py::arg("radam_warmup"), py::arg("maximize"));
   py::class_<TensorSpec>(m, "TensorSpec", "Addresses of one tensor's arrays.")
       .def(py::init(&MakeTensor), py::kw_only(), py::arg("param"), py::arg("dtype"),
-           py::arg("master"), py::arg("size"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-           py::arg("grad_signs"), py::arg("group"), py::arg("is_vector"));
+           py::arg("master"), py::arg("correction"), py::arg("size"), py::arg("moments"),
+           py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("scales"), py::arg("grad_signs"),
+           py::arg("group"), py::arg("is_vector"));
   py::class_<PyStep>(m, "Step", "One optimizer step over all tensors of all groups.")
       .def(
           py::init<std::vector<TensorSpec>, std::vector<GroupOptions>, std::vector<int32_t>, size_t,

@@ -15,6 +15,31 @@ inline constexpr int8_t kNoGradient = -1;  // in place of a gradient's dtype
 enum class Denominator : uint8_t { kRms, kMax };
 inline constexpr int kNumDenominators = 2;
 
+// How moments are kept between steps; see kernels/formats.py.
+enum class MomentType : uint8_t { kFloat32, kBFloat16, kCodes };
+inline constexpr int kNumMomentTypes = 3;
+
+// What a bfloat16 parameter keeps of its master; see kernels/formats.py.
+enum class Correction : uint8_t { kNone, k8Bits, k16Bits };
+inline constexpr int kNumCorrections = 3;
+
+// Elements that share a scale, and each of which has a place in the dither.
+inline constexpr int64_t kScaleBlock = 64;
+
+// By place, what is added to moments before they are cut off for storage.
+struct Dither {
+  uint32_t words[kScaleBlock];  // of 16 bits
+  float shares[kScaleBlock];    // the same, of the distance between two codes
+};
+
+// The same piece of both moments as codes of 8 bits, with the bits of their bfloat16 scales.
+struct Codes {
+  int8_t* exp_avg;
+  uint8_t* exp_avg_sq;
+  uint16_t* exp_avg_scale;
+  uint16_t* exp_avg_sq_scale;
+};
+
 // What a pass over the moments does besides: what a tensor's trust ratio asks for.
 enum class Pass : uint8_t {
   kPlain,       // updates the parameters; nobody needs norms (statistics have their own)
@@ -101,6 +126,16 @@ using NarrowKernel = void (*)(const float* from, int64_t size, void* to);
 // of those with these keys. Returns the sum of squares of what is stored.
 using NarrowRandomlyKernel = double (*)(const float* from, int64_t size, const RandomKeys& keys,
                                         uint32_t element, void* to);
+// Whole blocks of codes, to float32 and back.
+using DecodeKernel = void (*)(const Codes& from, int64_t size, float* exp_avg, float* exp_avg_sq);
+using EncodeKernel = void (*)(const float* exp_avg, const float* exp_avg_sq, int64_t size,
+                              const Dither& dither, const Codes& to);
+// Any size. To bfloat16, dithered, the first element being the first of a block.
+using NarrowDitheredKernel = void (*)(const float* from, int64_t size, const Dither& dither,
+                                      void* to);
+// Any size. A bfloat16 parameter and its correction to the float32 master, and back.
+using JoinKernel = void (*)(const void* param, const void* correction, int64_t size, float* master);
+using SplitKernel = void (*)(const float* master, int64_t size, void* param, void* correction);
 
 struct Kernels {
   const char* name;
@@ -114,6 +149,11 @@ struct Kernels {
   WidenKernel widen[kNumDTypes];
   NarrowKernel narrow[kNumDTypes];
   NarrowRandomlyKernel narrow_randomly[kNumDTypes];
+  DecodeKernel decode;
+  EncodeKernel encode;
+  NarrowDitheredKernel narrow_dithered;
+  JoinKernel join[kNumCorrections];
+  SplitKernel split[kNumCorrections];
 };
 
 extern const Kernels kScalarKernels;

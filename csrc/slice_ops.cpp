@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "half.h"
 
@@ -130,6 +131,107 @@ class PackedBlock {
   float exp_avg_[kGatherBlock], exp_avg_sq_[kGatherBlock];
 };
 
+// Of one step of a tensor, from 1 on; see kernels/formats.py.
+Dither DitherOf(uint32_t step) {
+  constexpr uint32_t kPlaceStep = 37345;
+  const uint32_t first = Mix(step);
+  Dither dither;
+  for (uint32_t i = 0; i < kScaleBlock; ++i) {
+    dither.words[i] = (first + kPlaceStep * i) & 0xffffu;
+    dither.shares[i] = static_cast<float>(dither.words[i]) * 0x1p-16f;
+  }
+  return dither;
+}
+
+// A block of a slice, decoded.
+class DecodedBlock {
+ public:
+  DecodedBlock(const Kernels& kernels, const Variant& variant, const Slice& slice,
+               const Storage& storage, int64_t at)
+      : kernels_(kernels), stored_type_(variant.param), storage_(storage), variant_(variant) {
+    slice_.size = std::min(kGatherBlock, slice.size - at);
+    param_ = static_cast<char*>(slice.param) + at * SizeOf(variant.param);
+    slice_.grad = static_cast<const char*>(slice.grad) + at * SizeOf(variant.grad);
+    slice_.param = param_;
+    if (!storage.keeps_weights()) DecodeWeights(at);
+    if (storage.keeps_moments()) {
+      slice_.exp_avg = slice.exp_avg + at;
+      slice_.exp_avg_sq = slice.exp_avg_sq + at;
+    } else {
+      DecodeMoments(at);
+    }
+    storage_.begin += at;
+  }
+
+  const Variant& variant() const { return variant_; }
+  const Slice& slice() const { return slice_; }
+
+  void StoreMoments(const Dither& dither) const {
+    if (storage_.moments == MomentType::kCodes) {
+      kernels_.encode(decoded_avg_, decoded_avg_sq_, slice_.size, dither, codes_);
+    } else if (storage_.moments == MomentType::kBFloat16) {
+      kernels_.narrow_dithered(decoded_avg_, slice_.size, dither, codes_.exp_avg);
+      kernels_.narrow_dithered(decoded_avg_sq_, slice_.size, dither, codes_.exp_avg_sq);
+    }
+  }
+
+  // Returns the sum of squares of what is stored, where chance has a say in it.
+  std::optional<double> StoreWeights() const {
+    if (storage_.correction != Correction::kNone) {
+      kernels_.split[static_cast<int>(storage_.correction)](weights_, slice_.size, param_,
+                                                            corrections_);
+    } else if (storage_.random != nullptr) {
+      const auto element = static_cast<uint64_t>(storage_.begin);
+      const RandomKeys keys = KeysOf(*storage_.random, static_cast<uint32_t>(element >> 32));
+      return kernels_.narrow_randomly[static_cast<int>(stored_type_)](
+          weights_, slice_.size, keys, static_cast<uint32_t>(element), param_);
+    }
+    return std::nullopt;
+  }
+
+ private:
+  void DecodeWeights(int64_t at) {
+    const int64_t width = storage_.correction == Correction::k16Bits ? 2 : 1;
+    if (storage_.correction != Correction::kNone) {
+      corrections_ = static_cast<char*>(storage_.corrections) + at * width;
+      kernels_.join[static_cast<int>(storage_.correction)](param_, corrections_, slice_.size,
+                                                           weights_);
+    } else {
+      kernels_.widen[static_cast<int>(stored_type_)](param_, slice_.size, weights_);
+    }
+    slice_.param = weights_;
+    variant_.param = DType::kFloat32;
+  }
+
+  void DecodeMoments(int64_t at) {
+    const bool are_codes = storage_.moments == MomentType::kCodes;
+    const int64_t width = are_codes ? 1 : 2;
+    codes_.exp_avg = static_cast<int8_t*>(storage_.exp_avg) + at * width;
+    codes_.exp_avg_sq = static_cast<uint8_t*>(storage_.exp_avg_sq) + at * width;
+    if (are_codes) {
+      codes_.exp_avg_scale = storage_.exp_avg_scale + at / kScaleBlock;
+      codes_.exp_avg_sq_scale = storage_.exp_avg_sq_scale + at / kScaleBlock;
+      kernels_.decode(codes_, slice_.size, decoded_avg_, decoded_avg_sq_);
+    } else {
+      const auto widen = kernels_.widen[static_cast<int>(DType::kBFloat16)];
+      widen(codes_.exp_avg, slice_.size, decoded_avg_);
+      widen(codes_.exp_avg_sq, slice_.size, decoded_avg_sq_);
+    }
+    slice_.exp_avg = decoded_avg_;
+    slice_.exp_avg_sq = decoded_avg_sq_;
+  }
+
+  const Kernels& kernels_;
+  const DType stored_type_;
+  Storage storage_;
+  Variant variant_;
+  Slice slice_{};
+  void* param_;
+  void* corrections_ = nullptr;
+  Codes codes_{};
+  float weights_[kGatherBlock], decoded_avg_[kGatherBlock], decoded_avg_sq_[kGatherBlock];
+};
+
 template <class Step>
 void ForPackedBlocks(const Variant& variant, const Slice& slice, const Step& step) {
   for (int64_t begin = 0; begin < slice.size; begin += kGatherBlock) {
@@ -209,27 +311,18 @@ void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice
   });
 }
 
-void ForWidenedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
-                      const Randomness& random, int64_t begin, bool stores, Sums& sums,
+void ForDecodedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                      const Storage& storage, bool stores, Sums& sums,
                       const std::function<void(const Variant&, const Slice&)>& operation) {
-  const auto dtype = static_cast<int>(variant.param);
-  Variant widened_variant = variant;
-  widened_variant.param = DType::kFloat32;
+  const Dither dither = DitherOf(storage.step);
   for (int64_t at = 0; at < slice.size; at += kGatherBlock) {
-    const int64_t size = std::min(kGatherBlock, slice.size - at);
-    const Slice block = SubSlice(slice, variant, at, size);
-    float weights[kGatherBlock];
-    kernels.widen[dtype](block.param, size, weights);
-    Slice widened = block;
-    widened.param = weights;
+    DecodedBlock block(kernels, variant, slice, storage, at);
     const double sum_before = sums.new_param_sq;
-    operation(widened_variant, widened);
+    operation(block.variant(), block.slice());
     if (!stores) continue;
-    const auto element = static_cast<uint64_t>(begin + at);
-    const RandomKeys keys = KeysOf(random, static_cast<uint32_t>(element >> 32));
-    sums.new_param_sq =
-        sum_before + kernels.narrow_randomly[dtype](weights, size, keys,
-                                                    static_cast<uint32_t>(element), block.param);
+    block.StoreMoments(dither);
+    const std::optional<double> stored_sq = block.StoreWeights();
+    if (stored_sq) sums.new_param_sq = sum_before + *stored_sq;
   }
 }
 

@@ -39,12 +39,28 @@ void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass,
 void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
                      const Coefficients& coefficients, Sums& sums);
 
-// Calls `operation` with blocks of the slice whose parameters are float32 copies. Where it has
-// stepped them, `stores` says, they are rounded at random, and `sums.new_param_sq` is of the
-// result. The slice begins at element `begin` of its tensor, a multiple of every power of two up to
-// 4,096.
-void ForWidenedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
-                      const Randomness& random, int64_t begin, bool stores, Sums& sums,
+// How a piece of a tensor is kept, where that is not how it is stepped.
+struct Storage {
+  MomentType moments;
+  void* exp_avg;  // in place of the slice's where they are not float32
+  void* exp_avg_sq;
+  uint16_t* exp_avg_scale;  // of codes
+  uint16_t* exp_avg_sq_scale;
+  Correction correction;
+  void* corrections;
+  const Randomness* random;  // of parameters that are rounded at random, or null
+  uint32_t step;             // of the tensor, from 1 on
+  int64_t begin;             // element of the tensor, a multiple of every power of two up to 4,096
+
+  bool keeps_weights() const { return correction == Correction::kNone && random == nullptr; }
+  bool keeps_moments() const { return moments == MomentType::kFloat32; }
+};
+
+// Calls `operation` with blocks of the slice in which what is kept otherwise has been decoded to
+// float32. What it has made of them is stored again where `stores` says so: `sums.new_param_sq` is
+// of the result of random rounding, else of what `operation` says.
+void ForDecodedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
+                      const Storage& storage, bool stores, Sums& sums,
                       const std::function<void(const Variant&, const Slice&)>& operation);
 
 // Replaces the stored gradient signs and returns how many stayed the same. With `masked`, gradients

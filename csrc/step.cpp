@@ -179,10 +179,36 @@ Slice Step::SliceOf(const Chunk& chunk) const {
   const auto at = [&](const void* data, DType dtype) {
     return static_cast<const char*>(data) + chunk.begin * kDTypeSize[static_cast<int>(dtype)];
   };
+  const auto moment = [&](void* data) {
+    const bool is_stepped = spec.moments == MomentType::kFloat32;
+    return is_stepped ? static_cast<float*>(data) + chunk.begin : nullptr;
+  };
   const void* const weights = spec.master != nullptr ? spec.master : spec.param;
   return {const_cast<char*>(at(weights, WeightsType(chunk.tensor))),
-          at(tensor.gradient.data, tensor.gradient.dtype), spec.exp_avg + chunk.begin,
-          spec.exp_avg_sq + chunk.begin, chunk.size};
+          at(tensor.gradient.data, tensor.gradient.dtype), moment(spec.exp_avg),
+          moment(spec.exp_avg_sq), chunk.size};
+}
+
+Storage Step::StorageOf(const Chunk& chunk, const Randomness* random) const {
+  const TensorSpec& spec = specs_[chunk.tensor];
+  constexpr int64_t kMomentBytes[kNumMomentTypes] = {4, 2, 1};
+  constexpr int64_t kCorrectionBytes[kNumCorrections] = {0, 1, 2};
+  const int64_t moment = chunk.begin * kMomentBytes[static_cast<int>(spec.moments)];
+  const int64_t correction = chunk.begin * kCorrectionBytes[static_cast<int>(spec.correction)];
+  const int64_t block = spec.moments == MomentType::kCodes ? chunk.begin / kScaleBlock : 0;
+  const auto bytes = [](void* data, int64_t offset) {
+    return offset == 0 ? data : static_cast<char*>(data) + offset;
+  };
+  return {spec.moments,
+          bytes(spec.exp_avg, moment),
+          bytes(spec.exp_avg_sq, moment),
+          spec.exp_avg_scale + block,
+          spec.exp_avg_sq_scale + block,
+          spec.correction,
+          bytes(spec.corrections, correction),
+          random,
+          static_cast<uint32_t>(StateOf(chunk.tensor)[kStep]),
+          chunk.begin};
 }
 
 // ---- Running a step ----
@@ -396,20 +422,22 @@ void Step::SetStepSize(int32_t t, double trust) {
 
 // ---- Moments, and the parameters where the step size is known ----
 
-// Runs `operation` on the numbers that are stepped; `stores` says whether it changes them.
+// Runs `operation` on the numbers that are stepped; `stores` says whether what it makes of them is
+// kept.
 template <class Operation>
-void Step::StepWeights(int32_t index, bool stores, const Operation& operation) {
+void Step::StepChunk(int32_t index, bool stores, const Operation& operation) {
   const Chunk& chunk = chunks_[index];
   const TensorSpec& spec = specs_[chunk.tensor];
   const Variant& variant = tensors_[chunk.tensor].variant;
   const Slice slice = SliceOf(chunk);
-  if (rounding_seed_ && variant.param != DType::kFloat32) {
-    const auto step = static_cast<uint32_t>(StateOf(chunk.tensor)[kStep]);
-    const Randomness random{*rounding_seed_, static_cast<uint32_t>(chunk.tensor), step};
-    ForWidenedBlocks(kernels_, variant, slice, random, chunk.begin, stores, sums_[index],
-                     operation);
-  } else {
+  const bool is_random = rounding_seed_ && variant.param != DType::kFloat32;
+  const Randomness random{rounding_seed_.value_or(0), static_cast<uint32_t>(chunk.tensor),
+                          static_cast<uint32_t>(StateOf(chunk.tensor)[kStep])};
+  const Storage storage = StorageOf(chunk, is_random ? &random : nullptr);
+  if (storage.keeps_weights() && storage.keeps_moments()) {
     operation(variant, slice);
+  } else {
+    ForDecodedBlocks(kernels_, variant, slice, storage, stores, sums_[index], operation);
   }
   if (stores && spec.master != nullptr) {
     const auto dtype = static_cast<int>(spec.dtype);
@@ -432,7 +460,7 @@ void Step::RunMoments(int32_t index) {
                     : UsesTrust(chunk.tensor)              ? Pass::kWithNorms
                                                            : Pass::kPlain;
   const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
-  StepWeights(index, pass != Pass::kMomentsOnly, [&](const Variant& variant, const Slice& part) {
+  StepChunk(index, pass != Pass::kMomentsOnly, [&](const Variant& variant, const Slice& part) {
     update(kernels_, variant, pass, part, tensor.coefficients, sums);
   });
   const TensorSpec& spec = specs_[chunk.tensor];
@@ -510,9 +538,20 @@ void Step::RunApply(int32_t index) {
   if (tensor.num_chunks() > 1) {
     SpinUntil([&] { return tensor.step_size_known.load(std::memory_order_acquire); });
   }
-  const auto apply = gradient_sums_[index].nonfinite ? ApplyFiniteOnly : ApplySlice;
-  StepWeights(index, true, [&](const Variant& variant, const Slice& part) {
-    apply(kernels_, variant, part, tensor.coefficients, sums_[index]);
+  const bool nonfinite = gradient_sums_[index].nonfinite;
+  const auto apply = nonfinite ? ApplyFiniteOnly : ApplySlice;
+  const auto update = nonfinite ? UpdateFiniteOnly : UpdateSlice;
+  const bool again = specs_[chunk.tensor].moments != MomentType::kFloat32;
+  Sums& sums = sums_[index];
+  sums.new_param_sq = 0.0;
+  StepChunk(index, true, [&](const Variant& variant, const Slice& part) {
+    if (again) {
+      Variant silent = variant;
+      silent.statistics = false;
+      update(kernels_, silent, Pass::kWithNorms, part, tensor.coefficients, sums);
+    } else {
+      apply(kernels_, variant, part, tensor.coefficients, sums);
+    }
   });
   if (tensor.apply_chunks_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
     FinishApply(chunk.tensor);

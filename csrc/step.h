@@ -9,7 +9,8 @@
 //              whoever finishes the last ticket prepares every tensor's coefficients
 //   moments    moments and statistics, and the parameters' update too where the step size is known
 //   apply      the parameters' update of tensors whose trust ratio had to wait for the whole
-//              tensor's norm; it follows while a bucket of such tensors is still in the cache
+//              tensor's norm; it follows while a bucket of such tensors is still in the cache.
+//              Moments of less than 32 bits are stored only now: they are computed again
 //
 // Where tensors are pieces of larger ones, each of these is a call of its own.
 //
@@ -31,11 +32,16 @@ namespace lhopt {
 struct TensorSpec {
   void* param;
   float* master;  // what is stepped in place of the parameter, which becomes its copy; or null
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* corrections;
+  void* exp_avg;
+  void* exp_avg_sq;
+  uint16_t* exp_avg_scale;  // of codes
+  uint16_t* exp_avg_sq_scale;
   uint8_t* grad_signs;
   int64_t size;
   DType dtype;  // of the parameter
+  MomentType moments;
+  Correction correction;
   int32_t group;
   bool keeps_signs;
   bool is_vector;
@@ -130,6 +136,7 @@ class Step {
   }
   int32_t RunOf(int32_t tensor) const { return run_of_[specs_[tensor].group]; }
   Slice SliceOf(const Chunk& chunk) const;
+  Storage StorageOf(const Chunk& chunk, const Randomness* random) const;
   const GroupOptions& OptionsOf(int32_t tensor) const { return groups_[specs_[tensor].group]; }
   const double* ScalarsOf(int32_t tensor) const {
     return tables_.scalars + specs_[tensor].group * kNumScalars;
@@ -150,7 +157,7 @@ class Step {
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);
   template <class Operation>
-  void StepWeights(int32_t chunk, bool stores, const Operation& operation);
+  void StepChunk(int32_t chunk, bool stores, const Operation& operation);
   void RunMoments(int32_t chunk);
   void FinishMoments(int32_t tensor);
   double* StatisticsOf(int32_t tensor) const;

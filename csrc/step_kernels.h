@@ -323,6 +323,139 @@ double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, u
   return total;
 }
 
+// ---- Stored moments and split masters; kernels/formats.py defines them ----
+
+void DecodeCodes(const Codes& from, int64_t size, float* exp_avg, float* exp_avg_sq) {
+  const F range = Vec::Set(254.0f), inv_range = Vec::Set(1.0f / 255.0f);
+  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
+    const int64_t block = begin / kScaleBlock;
+    const F scale = Vec::Set(ToFloat(BFloat16{from.exp_avg_scale[block]}));
+    const F sq_scale = Vec::Set(ToFloat(BFloat16{from.exp_avg_sq_scale[block]}));
+    for (int64_t i = begin; i < begin + kScaleBlock; i += Vec::kWidth) {
+      const F code = Vec::Load(from.exp_avg + i);
+      const F share = Vec::Mul(code, Vec::Reciprocal(Vec::Sub(range, Vec::Abs(code))));
+      Vec::Store(exp_avg + i, Vec::Mul(scale, share));
+      const F root = Vec::Mul(Vec::Load(from.exp_avg_sq + i), inv_range);
+      Vec::Store(exp_avg_sq + i, Vec::Mul(sq_scale, Vec::Mul(root, root)));
+    }
+  }
+}
+
+// Of a block's largest magnitude: the bits of the bfloat16 above it.
+LHOPT_INLINE uint16_t ScaleOf(float largest) {
+  constexpr uint32_t kSlack = 15, kLargest = 0x7f7f;
+  const uint32_t up = (BitsOf(largest) + 0xffffu - kSlack) >> 16;
+  return static_cast<uint16_t>(up < kLargest ? up : kLargest);
+}
+
+// A scale as a divisor, so large that 254 over it is finite.
+LHOPT_INLINE float DivisorOf(uint16_t scale) {
+  constexpr float kTiny = 0x1p-117f;
+  const float x = ToFloat(BFloat16{scale});
+  return x > kTiny ? x : kTiny;
+}
+
+// sqrt(x) for x >= 0, to about a unit in the last place; 0 below the normal numbers.
+LHOPT_INLINE F NearRoot(F x) {
+  const F inverse = Vec::RootReciprocal(Vec::Max(x, Vec::Set(0x1p-126f)));
+  const F root = Vec::Mul(x, inverse);
+  const F error = Vec::NegMulAdd(root, root, x);
+  return Vec::MulAdd(Vec::Mul(inverse, Vec::Set(0.5f)), error, root);
+}
+
+// The scales of some blocks, and what their numbers are multiplied by. (Many at a time: one after
+// the other, each would wait for its own divisions.)
+LHOPT_INLINE void ScaleBlocks(const float* m, const float* v, int64_t blocks, uint16_t* m_scales,
+                              uint16_t* v_scales, float* m_factors, float* v_factors) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    F m_largest = Vec::Set(0.0f), v_largest = Vec::Set(0.0f);
+    for (int64_t i = block * kScaleBlock; i < (block + 1) * kScaleBlock; i += Vec::kWidth) {
+      m_largest = Vec::Max(m_largest, Vec::Abs(Vec::Load(m + i)));
+      v_largest = Vec::Max(v_largest, Vec::Load(v + i));
+    }
+    m_factors[block] = Vec::Largest(m_largest);
+    v_factors[block] = Vec::Largest(v_largest);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    m_scales[block] = ScaleOf(m_factors[block]);
+    v_scales[block] = ScaleOf(v_factors[block]);
+    m_factors[block] = 254.0f / DivisorOf(m_scales[block]);
+    v_factors[block] = 255.0f / __builtin_sqrtf(DivisorOf(v_scales[block]));
+  }
+}
+
+void EncodeCodes(const float* exp_avg, const float* exp_avg_sq, int64_t size, const Dither& dither,
+                 const Codes& to) {
+  constexpr int64_t kBlocks = 16;  // at a time
+  const F one = Vec::Set(1.0f), unit = Vec::Set(1.0f / 254.0f);
+  const F low = Vec::Set(-127.0f), high = Vec::Set(127.0f), sq_high = Vec::Set(255.0f);
+  for (int64_t first = 0; first < size / kScaleBlock; first += kBlocks) {
+    const int64_t blocks = Smaller(kBlocks, size / kScaleBlock - first);
+    float m_factors[kBlocks], v_factors[kBlocks];
+    ScaleBlocks(exp_avg + first * kScaleBlock, exp_avg_sq + first * kScaleBlock, blocks,
+                to.exp_avg_scale + first, to.exp_avg_sq_scale + first, m_factors, v_factors);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = (first + block) * kScaleBlock;
+      const F m_factor = Vec::Set(m_factors[block]), v_factor = Vec::Set(v_factors[block]);
+      for (int64_t i = 0; i < kScaleBlock; i += Vec::kWidth) {
+        const F share = Vec::Load(dither.shares + i);
+        const F x = Vec::Mul(Vec::Load(exp_avg + begin + i), m_factor);  // 254 times its share
+        const F inverse = Vec::Reciprocal(Vec::MulAdd(Vec::Abs(x), unit, one));
+        const F code = Vec::MulAdd(x, inverse, share);
+        Vec::StoreFloor(to.exp_avg + begin + i, Vec::Max(Vec::Min(code, high), low));
+        const F root = NearRoot(Vec::Load(exp_avg_sq + begin + i));
+        const F sq_code = Vec::MulAdd(root, v_factor, share);
+        Vec::StoreFloor(to.exp_avg_sq + begin + i, Vec::Min(sq_code, sq_high));
+      }
+    }
+  }
+}
+
+// The rest in plain arithmetic, which the compiler turns into vectors.
+
+void NarrowDithered(const float* __restrict from, int64_t size, const Dither& dither, void* to) {
+  constexpr uint32_t kLargest = 0x7f7f0000u;
+  uint16_t* const __restrict out = static_cast<uint16_t*>(to);
+  for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
+    const int64_t count = Smaller(kScaleBlock, size - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = BitsOf(from[begin + i]), magnitude = bits & 0x7fffffffu;
+      const uint32_t kept = (bits & 0x80000000u) | (magnitude < kLargest ? magnitude : kLargest);
+      out[begin + i] = static_cast<uint16_t>((kept + dither.words[i]) >> 16);
+    }
+  }
+}
+
+// C: of the correction, of whose bits the lowest is worth 2^kShift of a float32's.
+template <class C>
+void JoinMaster(const void* param, const void* correction, int64_t size, float* __restrict master) {
+  constexpr int kShift = sizeof(C) == 1 ? 8 : 0;
+  const uint16_t* const p = static_cast<const uint16_t*>(param);
+  const C* const c = static_cast<const C*>(correction);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = uint32_t{p[i]} << 16;
+    const uint32_t joined = bits + (static_cast<uint32_t>(int32_t{c[i]}) << kShift);
+    master[i] = FloatFromBits((joined ^ bits) & 0x80000000u ? bits : joined);
+  }
+}
+
+template <class C>
+void SplitMaster(const float* __restrict master, int64_t size, void* param, void* correction) {
+  constexpr int kShift = sizeof(C) == 1 ? 8 : 0;
+  constexpr int32_t kRound = (1 << kShift) >> 1, kLargest = (1 << (15 - kShift)) - 1;
+  uint16_t* const __restrict p = static_cast<uint16_t*>(param);
+  C* const __restrict c = static_cast<C*>(correction);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = BitsOf(master[i]);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t upper = (bits + 0x8000u) & 0xffff0000u;
+    const int32_t lacks = (static_cast<int32_t>(bits - upper) + kRound) >> kShift;
+    const int32_t held = lacks < kLargest ? lacks : kLargest;
+    p[i] = static_cast<uint16_t>((is_nan ? 0x7fc00000u : upper) >> 16);
+    c[i] = static_cast<C>(is_nan ? 0 : held);
+  }
+}
+
 // The tables below spell out what the driver indexes; see kernels.h for the axes.
 
 #define LHOPT_UPDATE_STATISTICS(P, G, D, S)                                \
@@ -347,7 +480,12 @@ double NarrowRandomly(const float* from, int64_t size, const RandomKeys& keys, u
       {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>},                            \
       {Widen<float>, Widen<BFloat16>, Widen<Float16>},                                        \
       {Narrow<float>, Narrow<BFloat16>, Narrow<Float16>},                                     \
-      {NarrowRandomly<float>, NarrowRandomly<BFloat16>, NarrowRandomly<Float16>}}
+      {NarrowRandomly<float>, NarrowRandomly<BFloat16>, NarrowRandomly<Float16>},             \
+      DecodeCodes,                                                                            \
+      EncodeCodes,                                                                            \
+      NarrowDithered,                                                                         \
+      {nullptr, JoinMaster<int8_t>, JoinMaster<int16_t>},                                     \
+      {nullptr, SplitMaster<int8_t>, SplitMaster<int16_t>}}
 
 }  // namespace
 }  // namespace lhopt

@@ -47,6 +47,22 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
     return _mm512_cvtph_ps(half);
   }
+  static F Load(const int8_t* x) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  }
+  static F Load(const uint8_t* x) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+  }
+  // Codes: the next integers downwards, which must be within their range.
+  static void StoreFloor(int8_t* out, F x) {
+    const I codes = _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+  }
+  static void StoreFloor(uint8_t* out, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x)));
+  }
 
   static F Add(F a, F b) { return _mm512_add_ps(a, b); }
   static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -57,6 +73,14 @@ struct Vec {
   static F NegMulAdd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static F Sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F Max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F Min(F a, F b) { return _mm512_min_ps(a, b); }  // b where a is NaN
+  static float Largest(F a) { return _mm512_reduce_max_ps(a); }
+  // To about a unit in the last place, for normal numbers whose result is one.
+  static F Reciprocal(F a) {
+    const F near = _mm512_rcp14_ps(a);
+    return _mm512_mul_ps(near, _mm512_fnmadd_ps(a, near, _mm512_set1_ps(2.0f)));
+  }
+  static F RootReciprocal(F a) { return _mm512_rsqrt14_ps(a); }  // to 12 bits
   static F Abs(F a) { return _mm512_abs_ps(a); }
 
   static M Less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
@@ -121,6 +145,26 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half);
     return _mm256_cvtph_ps(half);
   }
+  static F Load(const int8_t* x) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  }
+  static F Load(const uint8_t* x) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+  }
+  static __m128i PackedFloor(F x) {
+    const I codes = _mm256_cvtps_epi32(_mm256_floor_ps(x));
+    return _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  }
+  static void StoreFloor(int8_t* out, F x) {
+    const __m128i packed = PackedFloor(x);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(packed, packed));
+  }
+  static void StoreFloor(uint8_t* out, F x) {
+    const __m128i packed = PackedFloor(x);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(packed, packed));
+  }
 
   static F Add(F a, F b) { return _mm256_add_ps(a, b); }
   static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -131,6 +175,17 @@ struct Vec {
   static F NegMulAdd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
   static F Sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F Max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F Min(F a, F b) { return _mm256_min_ps(a, b); }
+  static float Largest(F a) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  static F Reciprocal(F a) {
+    const F near = _mm256_rcp_ps(a);
+    return _mm256_mul_ps(near, _mm256_fnmadd_ps(a, near, _mm256_set1_ps(2.0f)));
+  }
+  static F RootReciprocal(F a) { return _mm256_rsqrt_ps(a); }
   static F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 
   static M Less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
@@ -195,6 +250,25 @@ struct Vec {
     vst1_u16(&out->bits, vreinterpret_u16_f16(half));
     return vcvt_f32_f16(half);
   }
+  static F Load(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, sizeof bytes);
+    const int8x8_t codes = vreinterpret_s8_s32(vdup_n_s32(bytes));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(codes))));
+  }
+  static F Load(const uint8_t* x) {
+    uint32_t bytes;
+    std::memcpy(&bytes, x, sizeof bytes);
+    const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(bytes));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(codes))));
+  }
+  template <class Code>
+  static void StoreFloor(Code* out, F x) {
+    const int16x4_t codes = vmovn_s32(vcvtmq_s32_f32(x));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(codes, codes));
+    const int32_t four = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+    std::memcpy(out, &four, sizeof four);
+  }
 
   static F Add(F a, F b) { return vaddq_f32(a, b); }
   static F Sub(F a, F b) { return vsubq_f32(a, b); }
@@ -205,6 +279,13 @@ struct Vec {
   static F NegMulAdd(F a, F b, F c) { return vfmsq_f32(c, a, b); }
   static F Sqrt(F a) { return vsqrtq_f32(a); }
   static F Max(F a, F b) { return vmaxq_f32(a, b); }
+  static F Min(F a, F b) { return vminnmq_f32(a, b); }
+  static float Largest(F a) { return vmaxvq_f32(a); }
+  static F Reciprocal(F a) { return vdivq_f32(vdupq_n_f32(1.0f), a); }
+  static F RootReciprocal(F a) {
+    const F near = vrsqrteq_f32(a);
+    return vmulq_f32(near, vrsqrtsq_f32(vmulq_f32(a, near), near));
+  }
   static F Abs(F a) { return vabsq_f32(a); }
 
   static M Less(F a, F b) { return vcltq_f32(a, b); }
@@ -247,6 +328,12 @@ struct Vec {
     FromFloat(x, out);
     return ToFloat(*out);
   }
+  static F Load(const int8_t* x) { return *x; }
+  static F Load(const uint8_t* x) { return *x; }
+  template <class Code>
+  static void StoreFloor(Code* out, F x) {
+    *out = static_cast<Code>(static_cast<int32_t>(x + 128.0f) - 128);
+  }
 
   static F Add(F a, F b) { return a + b; }
   static F Sub(F a, F b) { return a - b; }
@@ -257,6 +344,10 @@ struct Vec {
   static F NegMulAdd(F a, F b, F c) { return c - a * b; }
   static F Sqrt(F a) { return std::sqrt(a); }
   static F Max(F a, F b) { return a > b ? a : b; }
+  static F Min(F a, F b) { return a < b ? a : b; }
+  static float Largest(F a) { return a; }
+  static F Reciprocal(F a) { return 1.0f / a; }
+  static F RootReciprocal(F a) { return 1.0f / std::sqrt(a); }
   static F Abs(F a) { return std::fabs(a); }
 
   static M Less(F a, F b) { return a < b; }

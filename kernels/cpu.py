@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from lhopt_fused import _C
+from lhopt_fused.kernels.formats import scales_shape
 from lhopt_fused.kernels.gradients import DTYPE_CODES, Grads, check_same_memory_order, tabulated
 from lhopt_fused.types import (
     GRADIENT_SUMS,
@@ -26,6 +27,19 @@ from lhopt_fused.types import (
 
 __all__ = ["CpuBackend"]
 
+_MOMENT_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How the first moment says how both are kept, as csrc/kernels.h numbers it."""
+
+_STATE_DTYPES: Final = {
+    "exp_avgs": tuple(_MOMENT_CODES),
+    "exp_avg_sqs": (torch.float32, torch.bfloat16, torch.uint8),
+    "master_params": (torch.float32,),
+    "master_corrections": (torch.int8, torch.int16),
+}
+"""Columns of a layout that have the shape of their parameter."""
+
+_SCALES: Final = ("exp_avg_scales", "exp_avg_sq_scales")
+
 _TABLES: Final = (SCALARS, GROUP_STATE, TENSOR_STATE, STATISTICS, GRADIENT_SUMS, PARTIAL_SUMS)
 if tuple(map(len, _TABLES)) != _C.TABLE_COLUMNS:
     raise ImportError(
@@ -37,7 +51,8 @@ if tuple(map(len, _TABLES)) != _C.TABLE_COLUMNS:
 class CpuBackend:
     """Steps all tensors of a layout in one call, with ``torch.get_num_threads()`` threads.
 
-    Parameters and gradients are float32, bfloat16 or float16, moments and masters float32. Results
+    Parameters and gradients are float32, bfloat16 or float16, moments float32, bfloat16 or codes of
+    8 bits, masters float32 or split. Results
     do not depend on the number of threads. The fastest instruction set of the processor is used
     unless the environment variable ``LHOPT_CPU_ISA`` names another one when the backend is built.
 
@@ -51,15 +66,22 @@ class CpuBackend:
         self.layout = layout
         signs = _addresses(layout.grad_signs, len(layout.params))
         masters = _addresses(layout.master_params, len(layout.params))
+        scales = [
+            _addresses(column, len(layout.params))
+            for column in (layout.exp_avg_scales, layout.exp_avg_sq_scales)
+        ]
         self._step = _C.Step(
             tensors=[
                 _C.TensorSpec(
                     param=param.data_ptr(),
                     dtype=DTYPE_CODES[param.dtype],
                     master=masters[index],
+                    correction=_correction(layout, index),
                     size=param.numel(),
+                    moments=_MOMENT_CODES[layout.exp_avgs[index].dtype],
                     exp_avg=layout.exp_avgs[index].data_ptr(),
                     exp_avg_sq=layout.exp_avg_sqs[index].data_ptr(),
+                    scales=_both(scales[0][index], scales[1][index]),
                     grad_signs=signs[index],
                     group=layout.group_of[index],
                     is_vector=layout.is_vector[index],
@@ -153,6 +175,16 @@ def _addresses(tensors: Sequence[torch.Tensor | None] | None, count: int) -> lis
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
+def _both(first: int | None, second: int | None) -> tuple[int, int] | None:
+    return None if first is None or second is None else (first, second)
+
+
+def _correction(layout: StepLayout, index: int) -> tuple[int, int] | None:
+    """Where what a parameter lacks of its master is, and its bits; None where there is none."""
+    correction = layout.master_corrections[index] if layout.master_corrections else None
+    return None if correction is None else (correction.data_ptr(), 8 * correction.element_size())
+
+
 def _group_options(options: StepOptions) -> _C.GroupOptions:
     return _C.GroupOptions(
         denominator=options.denominator.value,
@@ -167,29 +199,21 @@ def _group_options(options: StepOptions) -> _C.GroupOptions:
 
 def _check_layout(layout: StepLayout) -> None:
     tensors, groups = len(layout.params), len(layout.options)
-    for name in (
-        "exp_avgs",
-        "exp_avg_sqs",
-        "master_params",
-        "grad_signs",
-        "group_of",
-        "is_vector",
-    ):
+    for name in (*_STATE_DTYPES, *_SCALES, "grad_signs", "group_of", "is_vector"):
         column = getattr(layout, name)
         if column is not None and len(column) != tensors:
             raise ValueError(f"layout.{name} has {len(column)} entries for {tensors} parameters")
     for index, param in enumerate(layout.params):
         _check_param(param, f"parameter {index}")
-        for name in ("exp_avgs", "exp_avg_sqs", "master_params"):
+        for name, dtypes in _STATE_DTYPES.items():
             column = getattr(layout, name)
             if column is not None and column[index] is not None:
-                _check_tensor(column[index], torch.float32, param.shape, f"{name}[{index}]")
+                _check_tensor(column[index], dtypes, param.shape, f"{name}[{index}]")
                 check_same_memory_order(column[index], param, f"{name}[{index}]")
-        if layout.master_corrections is not None:
-            raise ValueError("backend 'cpu' does not step split masters: use backend='reference'")
+        _check_moments(layout, index)
         if layout.grad_signs is not None:
             size = (-(-param.numel() // 8),)
-            _check_tensor(layout.grad_signs[index], torch.uint8, size, f"grad_signs[{index}]")
+            _check_tensor(layout.grad_signs[index], (torch.uint8,), size, f"grad_signs[{index}]")
     runs = layout.skipped_steps.numel()
     if len(layout.run_of) != groups or not all(0 <= run < runs for run in layout.run_of):
         raise ValueError(
@@ -202,6 +226,25 @@ def _check_layout(layout: StepLayout) -> None:
     _check_table(layout.skipped_steps, (runs,), "skipped_steps", torch.int64)
 
 
+def _check_moments(layout: StepLayout, index: int) -> None:
+    """Both moments of one tensor are kept alike, with scales where they are codes."""
+    exp_avg, exp_avg_sq = layout.exp_avgs[index], layout.exp_avg_sqs[index]
+    is_coded = exp_avg.dtype == torch.int8
+    if exp_avg_sq.dtype != (torch.uint8 if is_coded else exp_avg.dtype):
+        raise ValueError(
+            f"exp_avgs[{index}] is {exp_avg.dtype} and exp_avg_sqs[{index}] {exp_avg_sq.dtype}; "
+            "expected both float32, both bfloat16, or int8 and uint8"
+        )
+    for name in _SCALES:
+        column = getattr(layout, name)
+        scales = column[index] if column is not None else None
+        if (scales is not None) != is_coded:
+            raise ValueError(f"{name}[{index}] must be there for codes, and for nothing else")
+        if scales is not None:
+            shape = scales_shape(exp_avg.shape)
+            _check_table(scales, shape, f"{name}[{index}]", torch.bfloat16)
+
+
 def _check_param(param: torch.Tensor, name: str) -> None:
     if param.device.type != "cpu":
         raise ValueError(f'{name} is on {param.device}; backend="cpu" steps tensors on the CPU')
@@ -212,10 +255,13 @@ def _check_param(param: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_tensor(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> None:
-    if x.device.type != "cpu" or x.dtype != dtype or tuple(x.shape) != tuple(shape):
+def _check_tensor(
+    x: torch.Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int, ...], name: str
+) -> None:
+    if x.device.type != "cpu" or x.dtype not in dtypes or tuple(x.shape) != tuple(shape):
+        expected = " or ".join(map(str, dtypes))
         raise ValueError(
-            f"{name} must be {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
+            f"{name} must be {expected} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
             f"{x.device}"
         )
 
@@ -223,6 +269,6 @@ def _check_tensor(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], n
 def _check_table(
     x: torch.Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.float64
 ) -> None:
-    _check_tensor(x, dtype, shape, name)
+    _check_tensor(x, (dtype,), shape, name)
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")

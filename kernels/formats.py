@@ -46,7 +46,8 @@ QUANTISED: Final = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 """The dtype of each moment's codes, which is what tells them apart: m is signed, v is not."""
 
 _PLACE_STEP: Final = 37345  # times a place in its block: spreads neighbours over [0, 2^16)
-_TINY: Final = 2.0**-126  # the smallest normal number; blocks below it may become zeros
+_TINY: Final = 2.0**-117  # blocks below it use fewer codes, so that 254 / scale is finite
+_SLACK: Final = 15  # units in the last place of a float32 that do not count
 _LARGEST: Final = torch.finfo(torch.bfloat16).max
 
 
@@ -108,7 +109,8 @@ def encode(
     - uint8 (v): ``255 sqrt(x / scale)``, dithered, at most 255.
 
     The scale of a block is its largest magnitude, rounded up to bfloat16 so that no code leaves its
-    range; at most the largest finite number.
+    range; at most the largest finite number. Up to 15 units in the last place of a float32 above a
+    number of bfloat16, that number is it: rounding on the way does not make scales creep.
 
     Args:
         x: float32, dense; without NaN. Where there are blocks, a multiple of 64 elements.
@@ -132,14 +134,14 @@ def encode(
         return in_memory_order(float_of((bits + words) & 0xFFFF_0000).bfloat16(), x), None
     blocks = flat.view(-1, BLOCK)
     scales = _round_up(blocks.abs().amax(1)) if blocks.numel() else blocks.sum(1)
-    scale = scales[:, None]
+    divisor = scales[:, None].clamp(min=_TINY)
     if dtype == torch.int8:
-        scaled = 127 * (blocks / ((scale / 2).clamp(min=_TINY) + blocks.abs() / 2))
+        scaled = 127 * (blocks / (divisor / 2 + blocks.abs() / 2))
     else:
-        scaled = blocks.sqrt() * (255 / scale.clamp(min=_TINY).sqrt())
-    offsets = (words - 0x8000).to(x.dtype).view(-1, BLOCK) / 0x1_0000
+        scaled = blocks.sqrt() * (255 / divisor.sqrt())
+    shares = words.to(x.dtype).view(-1, BLOCK) / 0x1_0000
     low, high = (-127, 127) if dtype == torch.int8 else (0, 255)
-    codes = (scaled + offsets).round().clamp(low, high).to(dtype)
+    codes = (scaled + shares).floor().clamp(low, high).to(dtype)
     return in_memory_order(codes.flatten(), x), scales.bfloat16()
 
 
@@ -147,7 +149,9 @@ def decode(stored: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """What :meth:`encode` has stored, as float32, or float64 as it is.
 
     - int8: ``scale code / (254 - abs(code))``.
-    - uint8: ``scale / 255^2 code^2``.
+    - uint8: ``scale (code / 255)^2``.
+
+    The largest codes give the scale itself, to the bit: what is stored again keeps its scale.
 
     Args:
         stored: a moment, dense.
@@ -161,13 +165,13 @@ def decode(stored: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     if stored.dtype == torch.int8:
         flat = scale * (codes / (254 - codes.abs()))
     else:
-        flat = scale / 255**2 * (codes * codes)
+        flat = scale * (codes / 255).square()
     return in_memory_order(flat.flatten(), stored)
 
 
 def _round_up(x: torch.Tensor) -> torch.Tensor:
-    """Numbers >= 0 as float32 numbers that bfloat16 has, none smaller; at most its largest."""
-    return float_of((bits_of(x.float()) + 0xFFFF) & 0xFFFF_0000).clamp(max=_LARGEST)
+    """Numbers >= 0 as float32 numbers that bfloat16 has, none smaller by more than rounding."""
+    return float_of((bits_of(x.float()) + (0xFFFF - _SLACK)) & 0xFFFF_0000).clamp(max=_LARGEST)
 
 
 # ---------------------------------------------------------------------- split masters

@@ -29,9 +29,9 @@ __all__ = [
 
 BLOCK = tl.constexpr(formats.BLOCK)
 PLACE_STEP = tl.constexpr(37345)
-TINY = tl.constexpr(2.0**-126)
+TINY = tl.constexpr(2.0**-117)
 LARGEST_BITS = tl.constexpr(0x7F7F_0000)  # of bfloat16's largest finite number
-TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 near it has no fraction
+CREEP = tl.constexpr(0xFFFF - 15)  # carries all but a few units in the last place
 
 
 @triton.jit
@@ -66,20 +66,14 @@ def block_scale(x, VECTOR: tl.constexpr):
     blocks: tl.constexpr = x.shape[0] // rows
     largest = tl.max(tl.reshape(tl.max(tl.abs(x), axis=1), [blocks, rows]), axis=1, keep_dims=True)
     largest = tl.reshape(tl.broadcast_to(largest, [blocks, rows]), [x.shape[0]])
-    bits = (largest.to(tl.uint32, bitcast=True) + 0xFFFF) & 0xFFFF0000
+    bits = (largest.to(tl.uint32, bitcast=True) + CREEP) & 0xFFFF0000
     return tl.minimum(bits, LARGEST_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def nearest_integer(x):
-    """float32 within ±2^22 -> int32, ties to even, in its lower 22 bits."""
-    return (x + TO_INTEGER).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def dither(words):
-    """Words of 16 bits as numbers in [-1/2, 1/2)."""
-    return ((words << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+def share(words):
+    """Words of 16 bits as numbers in [0, 1)."""
+    return ((words << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
@@ -88,10 +82,10 @@ def encode_m(m, scale, words):
 
     A division costs a GPU a dozen instructions; the square of a reciprocal root, three.
     """
-    per_scale = (0.5 / 256.0) / tl.maximum(scale * 0.5, TINY)  # 254 times it is still finite
-    root = tl.rsqrt(tl.fma(tl.abs(m), per_scale[:, None], 1.0 / 256.0))
-    code = tl.fma(m * (254.0 * per_scale)[:, None] * root, root, dither(words))
-    return nearest_integer(tl.minimum(tl.maximum(code, -127.0), 127.0)).to(tl.int8)
+    per_scale = 1.0 / tl.maximum(scale, TINY)
+    root = tl.rsqrt(tl.fma(tl.abs(m), per_scale[:, None], 1.0))
+    code = tl.fma(m * (254.0 * per_scale)[:, None] * root, root, share(words))
+    return tl.floor(tl.minimum(tl.maximum(code, -127.0), 127.0)).to(tl.int32).to(tl.int8)
 
 
 @triton.jit
@@ -106,15 +100,15 @@ def decode_m(code, scale):
 def encode_v(v, scale, words):
     """uint8 codes of the root of ``v [ROWS, VECTOR]`` under ``scale [ROWS]``."""
     per_root = 255.0 / tl.sqrt(tl.maximum(scale, TINY))
-    code = tl.fma(tl.sqrt(v), per_root[:, None], dither(words))
-    return nearest_integer(tl.minimum(code, 255.0)).to(tl.uint8)
+    code = tl.fma(tl.sqrt(v), per_root[:, None], share(words))
+    return tl.minimum(code, 255.0).to(tl.int32).to(tl.uint8)
 
 
 @triton.jit
 def decode_v(code, scale):
     """Undo :func:`encode_v`."""
-    code = code.to(tl.float32)
-    return (scale / 65025.0)[:, None] * (code * code)
+    root = code.to(tl.float32) * 0.00392156862745098
+    return scale[:, None] * (root * root)
 
 
 @triton.jit

@@ -67,8 +67,8 @@ def check_storage(
         raise ValueError(f"moments must be one of {get_args(Moments)}, got {moments!r}")
     if master_weights and rounding == "stochastic":
         raise ValueError(
-            f"master_weights={master_weights!r} keeps what rounding loses, so that rounding='stochastic' has "
-            "nothing to do; choose one of them"
+            f"master_weights={master_weights!r} keeps what rounding loses, so that "
+            "rounding='stochastic' has nothing to do; choose one of them"
         )
 
 
@@ -99,9 +99,7 @@ def check_params(params: Sequence[torch.Tensor], where: str) -> None:
             )
 
 
-def check_split(
-    params: Sequence[torch.Tensor], master_weights: MasterWeights, where: str
-) -> None:
+def check_split(params: Sequence[torch.Tensor], master_weights: MasterWeights, where: str) -> None:
     """Refuse parameters whose masters cannot be split.
 
     Raises:
@@ -356,9 +354,7 @@ def _moment_dtype(
     return QUANTISED[name] if moments == "int8" and takes_blocks(whole_shape) else torch.float32
 
 
-def _bind_moment(
-    state: dict[str, Any], name: str, param: torch.Tensor, dtype: torch.dtype
-) -> None:
+def _bind_moment(state: dict[str, Any], name: str, param: torch.Tensor, dtype: torch.dtype) -> None:
     """See that the moment ``name`` of one tensor is there, and as it is to be kept.
 
     Raises:
@@ -391,8 +387,8 @@ def _check_scales(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -
     if scales is None or scales.shape != expected or scales.dtype != torch.bfloat16:
         found = "missing" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
         raise ValueError(
-            f"state {name!r} has codes of 8 bits, and its scales, {name + '_scale'!r}, are {found}; "
-            f"expected bfloat16 {expected}: load the state dict as it was saved"
+            f"state {name!r} has codes of 8 bits, and its scales, {name + '_scale'!r}, are "
+            f"{found}; expected bfloat16 {expected}: load the state dict as it was saved"
         )
 
 

@@ -37,6 +37,7 @@ from lhopt_fused.sharding import (
     PendingSums,
     PiecePlacement,
     ShardedStep,
+    check_holds_blocks,
     counts_here,
     describe,
     grad_piece,
@@ -547,6 +548,9 @@ class MeasuredOptimizer(Optimizer):
     def _check_pieces(self, params: Sequence[torch.Tensor]) -> None:
         """Refuse what depends on an element's place in the whole tensor, where there are pieces."""
         held = list(filter(is_piece, params))
+        if self._settings["moments"] == "int8":
+            for index, param in enumerate(params):
+                check_holds_blocks(param, f"parameter {index}")
         halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in held)
         if held and self._settings["keep_grad_signs"]:
             raise ValueError(

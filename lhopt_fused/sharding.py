@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from lhopt_fused.kernels import PhasedBackend
-from lhopt_fused.kernels.formats import scales_shape
+from lhopt_fused.kernels.formats import BLOCK, scales_shape, takes_blocks
 from lhopt_fused.kernels.gradients import Grads, GradTable
 from lhopt_fused.placement import PythonPlacement
 from lhopt_fused.ranks import Ranks, is_sharded, local_tensor
@@ -32,6 +32,7 @@ __all__ = [
     "PendingSums",
     "PiecePlacement",
     "ShardedStep",
+    "check_holds_blocks",
     "counts_here",
     "describe",
     "grad_piece",
@@ -98,6 +99,32 @@ def is_piece(param: torch.Tensor) -> bool:
         placement.is_shard() and size > 1
         for placement, size in zip(param.placements, param.device_mesh.shape, strict=True)  # type: ignore[attr-defined]
     )
+
+
+def check_holds_blocks(param: torch.Tensor, name: str) -> None:
+    """Refuse a parameter whose moments take blocks, but whose pieces do not hold whole ones.
+
+    The same on every rank: the placements decide, not a rank's piece.
+
+    Raises:
+        ValueError: the error says what to do.
+    """
+    if not is_piece(param) or not takes_blocks(param.shape):
+        return
+    size = param.shape[-1]
+    for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):  # type: ignore[attr-defined]
+        if not placement.is_shard() or ranks == 1 or placement.dim == 0:
+            continue
+        share = -(-size // ranks)
+        is_plain = param.dim() == 2 and type(placement).__name__ == "Shard"
+        if not is_plain or share % BLOCK or size % BLOCK:
+            raise ValueError(
+                f"{name}, of shape {tuple(param.shape)}, is laid out as {param.placements}, in "  # type: ignore[attr-defined]
+                f"pieces that cut blocks of {BLOCK} elements; moments='int8' needs rows, or "
+                f"columns of matrices in multiples of {BLOCK}: shard dimension 0, or use "
+                "moments='bfloat16'"
+            )
+        size = share
 
 
 def counts_here(param: torch.Tensor, ranks: Ranks) -> bool:

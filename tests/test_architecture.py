@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels.rounding": set(),
     "kernels.formats": {"kernels.rounding"},
     "kernels.reference": {"types", "kernels.gradients", "kernels.rounding", "kernels.formats"},
-    "kernels.cpu": {"types", "kernels.gradients", "_C"},
+    "kernels.cpu": {"types", "kernels.formats", "kernels.gradients", "_C"},
     "kernels.triton": {"types", "kernels.formats", "kernels.gradients", "kernels.triton"},
     "placement": {"layout", "kernels.gradients", "_C"},
     "ranks": {"types"},

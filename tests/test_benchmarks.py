@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import decision, figure, machine, report, run
+from benchmarks import decision, figure, machine, precision, report, run
 from benchmarks.gate import GateError, check
 from benchmarks.registry import Run, Settings, Unavailable, Variant, mean_bytes, select
 from benchmarks.timing import Contestant, Sample, Series, interleave, quartiles, ratios, rotated
@@ -322,3 +323,29 @@ def test_a_decision_is_timed_in_every_state_of_the_caches(monkeypatch: pytest.Mo
     monkeypatch.setattr(decision, "AGREEMENT", 0.0)
     with pytest.raises(AssertionError, match="runner and torch differ by"):
         decision.contestants(16)
+
+
+def test_precision_compares_ways_with_the_spread_of_seeds(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(precision.main)
+    sizes = ["--width", "32", "--layers", "1", "--context", "16"]
+    options = ["--steps", "4", "--seeds", "2", *sizes, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("precision-*.json")
+    document = json.loads(path.read_text())
+    assert [row["way"] for row in document["rows"]] == list(precision.WAYS)
+    for row in document["rows"]:
+        assert len(row["losses"]) == 2
+        assert len(row["losses"][0]) == 4
+    assert document["rows"][0]["final_distance"] == 0.0
+
+
+def test_precision_counts_the_points_within_the_spread() -> None:
+    curves = {way: [[3.0, 2.0], [3.2, 2.2]] for way in precision.WAYS}
+    far = list(precision.WAYS)[-1]
+    curves[far] = [[3.1, 2.5], [3.1, 2.5]]
+    rows = {row["way"]: row for row in precision.rows_of(curves)}
+    assert rows[far]["share_of_points_within_spread"] == 0.5
+    assert rows[far]["final_distance"] == pytest.approx(0.4)
+    assert rows["float32"]["share_of_points_within_spread"] == 1.0

@@ -36,6 +36,24 @@ TRAJECTORY: Final = {
     torch.bfloat16: Tolerance(2.0**-7),
     torch.float16: Tolerance(2.0**-10),
 }
+STORED: Final = {
+    # one step from the same state, of what is decoded again. Moments relative to the scale of their
+    # block, codes of second moments by their roots: two codes where they are widest, because a
+    # largest magnitude on the border of two scales moves both scale and codes. bfloat16: one number
+    # further.
+    torch.int8: Tolerance(4 / 127),
+    torch.uint8: Tolerance(2 / 255),
+    torch.bfloat16: Tolerance(2.0**-7),
+    torch.float32: Tolerance(2e-6),
+}
+SPLIT8: Final = Tolerance(2.0**-16 + 2e-6)
+# masters with 8 bits of correction, relative to the largest parameter: one unit, and TRAJECTORY's
+LOW_PRECISION_LOSS: Final = Tolerance(0.02)
+# the loss after 120 steps with moments and masters in few bits, relative to that in float32: its
+# parameters are bfloat16 in the network itself; without masters it is off by more
+DIFFERING_CODES: Final = 0.03
+# share of stored numbers that are others than the reference's: those on the border of two, where
+# rounding decides, and blocks whose largest magnitude is on that of two scales
 STATISTICS: Final = {
     # sums of one step; relative to the largest possible magnitude of the sum (product of norms)
     torch.float64: Tolerance(1e-12),

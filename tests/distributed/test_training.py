@@ -58,11 +58,10 @@ def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_loads_on_other_numbers_of_ranks(legs: dict[str, Any]) -> None:
     for before, after in (("on 2", "on 1"), ("on 1", "on 4")):
-        saved, (begun, _) = legs[before][1], legs[after]
+        saved, begun = legs[before][1], legs[after][0]
         assert begun["bits"] == saved["bits"]
         assert begun["decided"] == saved["decided"]
-    _, reached = legs["on 4"]
-    _, expected = legs["throughout"]
+    reached, expected = legs["on 4"][1], legs["throughout"][1]
     for value, of_two in zip(reached["params"], expected["params"], strict=True):
         assert_close(value, of_two, SHARDED_RUN, of_two.abs().max())
     for mine, of_two in zip(reached["decided"], expected["decided"], strict=True):
@@ -73,6 +72,16 @@ def test_resumes_bit_identical_on_as_many_ranks(legs: dict[str, Any]) -> None:
     assert legs["resumed"][1]["bits"] == legs["throughout"][1]["bits"]
     assert legs["resumed"][1]["decided"] == legs["throughout"][1]["decided"]
     assert legs["resumed"][1]["bits"] != legs["on 2"][1]["bits"]
+
+
+def test_codes_and_split_masters_do_not_see_the_number_of_ranks(legs: dict[str, Any]) -> None:
+    """On 2, 1 and 4 ranks the same bits as on 2 throughout, each tensor in its own dtype."""
+    for before, after in (("on 2", "on 1"), ("on 1", "on 4"), ("on 2", "resumed")):
+        assert legs[after][2][0] == legs[before][2][1]
+    assert legs["on 4"][2][1] == legs["throughout"][2][1] == legs["resumed"][2][1]
+    assert legs["on 4"][2][1] != legs["on 1"][2][1]
+    kept = ["torch.int8", "torch.bfloat16", "torch.uint8", "torch.bfloat16", "torch.int8"]
+    assert legs["on 4"][2][2] == legs["on 2"][2][2] == kept
 
 
 def test_killed_runs_end_bit_identical() -> None:
@@ -110,6 +119,8 @@ REFUSALS = {
     "signs": "keep_grad_signs",
     "stochastic": "rounding='stochastic'",
     "placements": "the gradient of parameter 0 has the placements (Replicate(),)",
+    "columns": "multiples of 64: shard dimension 0, or use moments='bfloat16'",
+    "middle": "in pieces that cut blocks of 64 elements",
     "registers": "restart registers hold whole tensors",
 }
 

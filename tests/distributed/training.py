@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from lhopt_fused import CIAO, LHOPT
+from lhopt_fused import CIAO, LHOPT, AdamW
 
 STEPS, OUTER_STEPS = 12, 4
 
@@ -100,7 +100,7 @@ def decisions(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def save(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
+def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """A whole checkpoint in ``folder``, or none."""
     state = {
         "model": get_model_state_dict(model),
@@ -116,7 +116,7 @@ def save(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
     dist.barrier()
 
 
-def load(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
+def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     state = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
@@ -126,11 +126,53 @@ def load(model: torch.nn.Module, optimizer: LHOPT, folder: Path) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
+def low_precision_leg(
+    ranks: int, begins: str | None, ends: str, first: int, last: int
+) -> tuple[str, str, list[str]]:
+    """As :func:`leg`, of bfloat16 parameters with codes of 8 bits and split masters.
+
+    Nothing of these steps sums over elements, and rows are whole vectors, so that bits do not
+    depend on the number of ranks.
+
+    Returns:
+        Bits that it begins with and reaches, and the dtypes of the state.
+    """
+    layers = (torch.nn.Linear(*shape, bias=False) for shape in ((128, 66), (64, 96)))
+    model = torch.nn.Sequential(*layers).bfloat16()
+    mesh = init_device_mesh("cpu", (ranks,))
+    for parameter in (p for p in model.parameters() if first == 0):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    fully_shard(model, mesh=mesh)
+    optimizer = AdamW(model.parameters(), lr=1e-3, moments="int8", master_weights="split8")
+    if begins is not None:
+        load(model, optimizer, Path(begins))
+    begun = _low_precision_bits(model, optimizer) if begins is not None else ""
+    for step in range(first, last):
+        for index, param in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            grad = torch.randn(param.shape, generator=generator).bfloat16()
+            param.grad = distribute_tensor(grad, mesh, param.placements)  # type: ignore[attr-defined]
+        optimizer.step()
+    save(model, optimizer, Path(ends))
+    state = optimizer.state[next(model.parameters())]
+    kept = [str(value.dtype) for _, value in sorted(state.items()) if value.dim()]
+    return begun, _low_precision_bits(model, optimizer), kept
+
+
+def _low_precision_bits(model: torch.nn.Module, optimizer: AdamW) -> str:
+    tensors = []
+    for param in model.parameters():
+        state = optimizer.state[param]
+        tensors += [whole(param), *(whole(x) for _, x in sorted(state.items()) if x.dim())]
+    return bits([x.float() for x in tensors])
+
+
 def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: int) -> Any:
     """From one checkpoint, if there is one, to another: what it begins with, what it reaches.
 
     Every rank sees all data, so that gradients do not depend on the number of ranks.
     """
+    kept = low_precision_leg(ranks, begins and f"{begins}.kept", f"{ends}.kept", first, last)
     model = sharded(make_model(), ranks)
     optimizer = make_optimizer(model)
     if begins is not None:
@@ -138,7 +180,7 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     begun = reached(model, optimizer) if begins is not None else {}
     train(model, optimizer, first, last, slice(8))
     save(model, optimizer, Path(ends))
-    return begun, reached(model, optimizer)
+    return begun, reached(model, optimizer), kept
 
 
 def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
@@ -210,12 +252,26 @@ def refusals(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
         param.grad = distribute_tensor(whole_grad, mesh, placements or [Shard(0)])
         optimizer.step()
 
+    def blocks(tensor: torch.Tensor, placement: Any) -> None:
+        param = torch.nn.Parameter(distribute_tensor(tensor, mesh, [placement]))
+        param.grad = distribute_tensor(tensor, mesh, [placement])
+        optimizer = CIAO([param], moments="int8")
+        optimizer.step()
+        state = optimizer.state[param]
+        codes, scales = whole(state["exp_avg"]), whole(state["exp_avg_scale"])
+        assert torch.equal(codes, torch.full_like(codes, 127))
+        assert torch.equal(scales, torch.full_like(scales, 0.1).nextafter(scales + 1))
+
     waiting = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()], run_check=False)
     tries("partial", lambda: CIAO([torch.nn.Parameter(waiting)]))
     tries("alone", lambda: step(parameter(), process_group=None))
     tries("signs", lambda: step(parameter(), keep_grad_signs=True))
     tries("stochastic", lambda: step(parameter(torch.bfloat16), rounding="stochastic"))
     tries("placements", lambda: step(parameter(), [Replicate()]))
+    tries("columns", lambda: blocks(torch.ones(64, 96), Shard(1)))
+    tries("middle", lambda: blocks(torch.ones(4, 128, 64), Shard(1)))
+    blocks(torch.ones(64, 64 * ranks), Shard(1))
+    blocks(torch.ones(5, 64, 64), Shard(0))
     tries(
         "registers",
         lambda: LHOPT([parameter()], 4, policy=random_policy(0), restart_registers=3),
