@@ -5,6 +5,7 @@ As ``test_triton``, on a GPU or in Triton's interpreter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,15 @@ from triton_runs import (
 )
 
 from lhopt_fused.kernels import formats, get_backend, reference
-from lhopt_fused.types import SCALARS, STATISTICS, TENSOR_STATE, StepLayout, StepOptions
+from lhopt_fused.types import (
+    GRADIENT_SUMS,
+    PARTIAL_SUMS,
+    SCALARS,
+    STATISTICS,
+    TENSOR_STATE,
+    StepLayout,
+    StepOptions,
+)
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
@@ -158,6 +167,30 @@ def test_a_second_phase_that_reads_rounded_moments_back_is_wrong() -> None:
         read_back = run(layout, "reference", grads, 3)
     with pytest.raises(AssertionError):
         assert_same_run(value, read_back)
+
+
+def test_phases_are_those_of_the_reference() -> None:
+    """As pieces of tensors are stepped: what follows from whole sums comes from outside."""
+    layout = layout_of("int8_split8", OPTIONS["lhopt"])
+    runs = []
+    for name, copied in (("triton", to_device), ("reference", copy.deepcopy), ("wrong", None)):
+        mine = copied(layout) if copied else copy.deepcopy(layout)
+        backend = get_backend("triton" if name == "triton" else "reference", mine)
+        for step in range(2):
+            grads = make_grads(layout.params, step)
+            sums = mine.tensor_state.new_zeros(len(SHAPES), len(GRADIENT_SUMS))
+            partial = mine.tensor_state.new_zeros(len(SHAPES), len(PARTIAL_SUMS))
+            backend.measure_gradients(to_device(grads) if name == "triton" else grads, sums)
+            backend.update_moments(sums, partial, True)
+            uses_trust = torch.tensor([layout.uses_trust(t) for t in range(len(SHAPES))])
+            trust = torch.where(uses_trust, 0.7 if name == "wrong" else 0.6, 1.0)
+            partial[:, PARTIAL_SUMS.index("step_size")] *= trust.to(partial)
+            backend.apply(partial)
+        runs.append(Run(to_cpu(mine), [], [to_cpu(mine.params)]))
+    value, expected, wrong = runs
+    assert_same_run(value, expected, torch.bfloat16)
+    with pytest.raises(AssertionError):
+        assert_same_run(value, wrong, torch.bfloat16)
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
