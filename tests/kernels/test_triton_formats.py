@@ -177,10 +177,11 @@ def test_phases_are_those_of_the_reference() -> None:
         mine = copied(layout) if copied else copy.deepcopy(layout)
         backend = get_backend("triton" if name == "triton" else "reference", mine)
         for step in range(2):
-            grads = make_grads(layout.params, step)
+            grads = make_grads(layout.params, step)  # they are read by every phase
+            grads = to_device(grads) if name == "triton" else grads
             sums = mine.tensor_state.new_zeros(len(SHAPES), len(GRADIENT_SUMS))
             partial = mine.tensor_state.new_zeros(len(SHAPES), len(PARTIAL_SUMS))
-            backend.measure_gradients(to_device(grads) if name == "triton" else grads, sums)
+            backend.measure_gradients(grads, sums)
             backend.update_moments(sums, partial, True)
             uses_trust = torch.tensor([layout.uses_trust(t) for t in range(len(SHAPES))])
             trust = torch.where(uses_trust, 0.7 if name == "wrong" else 0.6, 1.0)
