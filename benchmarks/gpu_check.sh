@@ -19,6 +19,7 @@ readonly GPU_TESTS=( # those with tests marked gpu; others need packages that ar
   tests/kernels/test_rounding.py
   tests/kernels/test_runs.py
   tests/kernels/test_triton.py
+  tests/kernels/test_triton_formats.py
   tests/test_golden.py
   tests/test_lhopt.py
   tests/test_placement.py
@@ -141,6 +142,15 @@ check graph 60 "$python" -m benchmarks.run --device cuda --graph --rounds 11 \
   --workloads gpt2-small,small-400 --out "$out"
 check half 60 "$python" -m benchmarks.run --device cuda --rounds 7 --workloads gpt2-xl \
   --variants adamw-bf16,adamw-bf16-stochastic,adamw-bf16-master,torch-fused-bf16 --out "$out/half"
+if "$python" -c 'import flashoptim' 2>/dev/null; then
+  check int8 60 "$python" -m benchmarks.run --device cuda --rounds 9 --workloads gpt2-xl \
+    --variants adamw-bf16-int8-split8,flashoptim-adamw-int8 --out "$out/int8"
+else
+  echo "gpu_check.sh: flashoptim is not installed, which the 8-bit step is timed against: pip install" \
+    "flashoptim and run this again" >&2
+  failed=1
+  record int8 "no peer" 0
+fi
 if command -v compute-sanitizer >/dev/null; then
   # without torch's cache of allocations an access outside of a tensor is one outside of memory
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 check sanitizer 90 \

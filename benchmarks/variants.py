@@ -63,7 +63,9 @@ def _ours(name: str, label: str, build: Build, **fields: Any) -> Variant:
     return Variant(name, label, build, ours=True, **{**adam, "peer": "torch-fused", **fields})
 
 
-def _our_half(name: str, label: str, count: int, **keywords: Any) -> Variant:
+def _our_half(
+    name: str, label: str, count: int, *, peer: str = "torch-fused-bf16", **keywords: Any
+) -> Variant:
     """AdamW with bfloat16 parameters; the gate has seen its features in float32."""
     return _ours(
         name,
@@ -71,7 +73,7 @@ def _our_half(name: str, label: str, count: int, **keywords: Any) -> Variant:
         _adamw(nonfinite="mask", **keywords),
         features_reference=None,
         bytes_per_element=_bytes(count),
-        **{**HALF, "peer": "torch-fused-bf16"},
+        **{**HALF, "peer": peer},
     )
 
 
@@ -126,20 +128,23 @@ def _import(module: str, package: str) -> Any:
         raise Unavailable(f"cannot import {module} of {package}: {reason}") from error
 
 
-def _flashoptim(params: Params, settings: Settings) -> Run:
-    flashoptim = _import("flashoptim", "flashoptim")
-    optimizer = flashoptim.FlashAdamW(
-        params,
-        settings.lr,
-        BETAS,
-        EPSILON,
-        WEIGHT_DECAY,
-        quantize=False,
-        compress_state_dict=False,
-        master_weight_bits=None,
-        fused=params[0].device.type == "cuda",
-    )
-    return Run(optimizer.step, optimizer)
+def _flashoptim(*, quantize: bool = False, master_weight_bits: int | None = None) -> Build:
+    def build(params: Params, settings: Settings) -> Run:
+        flashoptim = _import("flashoptim", "flashoptim")
+        optimizer = flashoptim.FlashAdamW(
+            params,
+            settings.lr,
+            BETAS,
+            EPSILON,
+            WEIGHT_DECAY,
+            quantize=quantize,
+            compress_state_dict=False,
+            master_weight_bits=master_weight_bits,
+            fused=params[0].device.type == "cuda",
+        )
+        return Run(optimizer.step, optimizer)
+
+    return build
 
 
 def _pytorch_optimizer_lamb(params: Params, settings: Settings) -> Run:
@@ -216,6 +221,7 @@ VARIANTS: Final = (
         "adamw-bf16-int8-split8",
         "AdamW bf16, int8 moments, 8 bits of masters",
         12,
+        peer="flashoptim-adamw-int8",
         moments="int8",
         master_weights="split8",
     ),
@@ -263,7 +269,7 @@ VARIANTS: Final = (
     Variant(
         "flashoptim-adamw",
         "flashoptim AdamW",
-        _flashoptim,
+        _flashoptim(),
         references.adamw,
         _bytes(28),
         peer="torch-fused",
@@ -272,9 +278,20 @@ VARIANTS: Final = (
         capturable=False,
     ),
     Variant(
+        "flashoptim-adamw-int8",
+        "flashoptim AdamW bf16, int8 moments, 8 bits of masters",
+        _flashoptim(quantize=True, master_weight_bits=24),
+        references.adamw,
+        _bytes(12),
+        peer="flashoptim-adamw-int8",
+        devices=("cuda",),
+        capturable=False,
+        **HALF,
+    ),
+    Variant(
         "flashoptim-adamw-unfused",
         "flashoptim AdamW unfused",
-        _flashoptim,
+        _flashoptim(),
         references.adamw,
         _bytes(UNFUSED_FLASHOPTIM),
         peer="torch-fused",

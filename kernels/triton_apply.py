@@ -6,22 +6,24 @@ import triton
 import triton.language as tl
 
 from lhopt_fused.kernels.triton_chunks import data_pointer, load_chunk, tile, where_set
-from lhopt_fused.kernels.triton_rounding import chunk_keys, round_at_random, round_to
+from lhopt_fused.kernels.triton_formats import dither_key
+from lhopt_fused.kernels.triton_rounding import rounding_keys
+from lhopt_fused.kernels.triton_state import (
+    load_moments,
+    load_weights,
+    moment_pointers,
+    store_moments,
+    store_weights,
+    weight_pointers,
+)
 from lhopt_fused.kernels.triton_tables import (
-    A_COPY,
-    A_M,
-    A_PARAM,
-    A_V,
     ADDRESS_COLUMNS,
     C_ACTIVE,
+    C_CLIP,
     C_DECAY,
     C_DEFERRED,
-    C_EPSILON,
-    C_M_SCALE,
     C_MASKED,
-    C_S_SCALE,
     C_STEP_SIZE,
-    C_WEIGHT_DECAY,
     COEFFICIENT_COLUMNS,
     DELAYS_TRUST,
     P_NEW_PARAM_SQ,
@@ -32,38 +34,14 @@ from lhopt_fused.kernels.triton_tables import (
     W_DEFERRED,
     WORK_COLUMNS,
 )
+from lhopt_fused.kernels.triton_update import (
+    load_betas,
+    load_direction,
+    next_moments,
+    update_direction,
+)
 
-__all__ = ["apply_kernel", "load_direction", "param_norm_kernel", "update_direction"]
-
-
-@triton.jit
-def load_direction(row_ptr):
-    """``(1 / bc1, 1 / sqrt(bc2), epsilon, weight_decay)`` of a tensor."""
-    m_scale, s_scale = tl.load(row_ptr + C_M_SCALE), tl.load(row_ptr + C_S_SCALE)
-    return m_scale, s_scale, tl.load(row_ptr + C_EPSILON), tl.load(row_ptr + C_WEIGHT_DECAY)
-
-
-@triton.jit
-def update_direction(
-    p,
-    m,
-    v,
-    m_scale,
-    s_scale,
-    epsilon,
-    weight_decay,
-    ROOT_DENOMINATOR: tl.constexpr,
-    DECAY_IN_UPDATE: tl.constexpr,
-):
-    """``(u, m_hat, s)`` from the parameter before the step and the moments after it."""
-    m_hat = m * m_scale
-    s = v
-    if ROOT_DENOMINATOR:
-        s = tl.sqrt(v) * s_scale
-    u = m_hat / (s + epsilon)
-    if DECAY_IN_UPDATE:
-        u += weight_decay * p
-    return u, m_hat, s
+__all__ = ["apply_kernel", "param_norm_kernel"]
 
 
 @triton.jit
@@ -77,7 +55,8 @@ def apply_chunk(
     seed_ptr,
     new_param_sq_ptr,
     PARAM_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,
+    BESIDE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
@@ -90,7 +69,8 @@ def apply_chunk(
 ):
     """The update of one chunk, computed again from p, m and v, with the same bits.
 
-    The gradient is looked at only where a tensor holds elements to be left out.
+    Where storing rounds m and v, they are those from before the step, and are stepped here. Else
+    the gradient is looked at only where a tensor holds elements to be left out.
     """
     index = tl.full([], 0, tl.int64) + index  # the interpreter counts in Python's integers
     tensor, start, length, row = load_chunk(chunks_ptr, index)
@@ -98,40 +78,54 @@ def apply_chunk(
     is_deferred = (tl.load(row_ptr + C_DEFERRED) != 0.0) & (tl.load(row_ptr + C_ACTIVE) != 0.0)
     length = tl.where(is_deferred, length, 0)
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
-    param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
-    m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
-    v_ptr = data_pointer(tl.load(address_ptr + A_V), start, tl.float32, ALIGNED)
+    param_ptr, beside_ptr = weight_pointers(address_ptr, start, PARAM_DTYPE, BESIDE_DTYPE, ALIGNED)
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moment_pointers(
+        address_ptr, start, MOMENT_DTYPE, ALIGNED
+    )
     grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
+    first_key, second_key = rounding_keys(seed_ptr, tensor_state_ptr, tensor, start, STOCHASTIC)
+    dither = dither_key(tensor_state_ptr, tensor)
     some_masked = tl.load(row_ptr + C_MASKED)
+    beta1, ombeta1, beta2, ombeta2 = load_betas(row_ptr)
+    clip = tl.load(row_ptr + C_CLIP)
     m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
     step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
     new_param_sq = tl.zeros([ROWS], tl.float32)
-    if STOCHASTIC:
-        first_key, second_key = chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
-    if COPY_DTYPE is not None:
-        copy_ptr = data_pointer(tl.load(address_ptr + A_COPY), start, COPY_DTYPE, ALIGNED)
     for offset in range(0, length, ROWS * VECTOR):
         indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
-        p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + indices, mask=inside, other=0.0)
-        v = tl.load(v_ptr + indices, mask=inside, other=1.0)
+        p = load_weights(param_ptr, beside_ptr, indices, inside, BESIDE_DTYPE)
+        m, v = load_moments(
+            m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset, length,
+            MOMENT_DTYPE, ROWS, VECTOR,
+        )  # fmt: skip
+        taken = inside
+        if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
+            if MASKS:
+                looks = where_set(inside, some_masked)
+                g = tl.load(grad_ptr + indices, mask=looks, other=0.0).to(tl.float32)
+                taken = tl.abs(g) < float("inf")
+        else:
+            g = tl.load(grad_ptr + indices, mask=inside, other=0.0).to(tl.float32)
+            if MASKS:
+                taken = tl.abs(g) < float("inf")
+            g = tl.where(taken, g, 0.0) * clip
+            new_m, new_v = next_moments(g, m, v, beta1, ombeta1, beta2, ombeta2, ROOT_DENOMINATOR)
+            m, v = tl.where(taken, new_m, m), tl.where(taken, new_v, v)
+            store_moments(
+                m, v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset, length,
+                start, dither, MOMENT_DTYPE, ROWS, VECTOR,
+            )  # fmt: skip
         u, _, _ = update_direction(
             p, m, v, m_scale, s_scale, epsilon, weight_decay, ROOT_DENOMINATOR, DECAY_IN_UPDATE
         )
         new = p * decay - step_size * u
         if MASKS:
-            looks = where_set(inside, some_masked)
-            g = tl.load(grad_ptr + indices, mask=looks, other=0.0).to(tl.float32)
-            new = tl.where(tl.abs(g) < float("inf"), new, p)
-        if STOCHASTIC:
-            rounded = round_at_random(new, indices, first_key, second_key, PARAM_DTYPE)
-        else:
-            rounded = round_to(new, PARAM_DTYPE)
-        tl.store(param_ptr + indices, rounded, mask=inside)
-        if COPY_DTYPE is not None:
-            tl.store(copy_ptr + indices, round_to(new, COPY_DTYPE), mask=inside)
+            new = tl.where(taken, new, p)
+        kept = store_weights(
+            new, param_ptr, beside_ptr, indices, inside, first_key, second_key,
+            PARAM_DTYPE, BESIDE_DTYPE, STOCHASTIC,
+        )  # fmt: skip
         if KEEPS_NORM:
-            kept = rounded.to(tl.float32)
             new_param_sq += tl.sum(kept * kept, axis=1)
     if KEEPS_NORM:
         tl.store(new_param_sq_ptr + row, tl.sum(new_param_sq, axis=0), mask=is_deferred)
@@ -160,7 +154,8 @@ def apply_kernel(
     seed_ptr,  # int32 [2]
     new_param_sq_ptr,  # float32 [rows], written where KEEPS_NORM
     PARAM_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    BESIDE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
@@ -183,8 +178,9 @@ def apply_kernel(
     for index in range(first, last, tl.num_programs(0)):
         apply_chunk(
             chunks_ptr, index, grads_ptr, addresses_ptr, coefficients_ptr, tensor_state_ptr,
-            seed_ptr, new_param_sq_ptr, PARAM_DTYPE, COPY_DTYPE, STOCHASTIC, GRAD_DTYPE,
-            ROOT_DENOMINATOR, DECAY_IN_UPDATE, MASKS, KEEPS_NORM, ALIGNED, ROWS, VECTOR,
+            seed_ptr, new_param_sq_ptr, PARAM_DTYPE, BESIDE_DTYPE, MOMENT_DTYPE, STOCHASTIC,
+            GRAD_DTYPE, ROOT_DENOMINATOR, DECAY_IN_UPDATE, MASKS, KEEPS_NORM, ALIGNED, ROWS,
+            VECTOR,
         )  # fmt: skip
 
 

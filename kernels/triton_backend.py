@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +34,7 @@ except ImportError as error:
     ) from error
 
 from lhopt_fused.kernels import triton_launch
+from lhopt_fused.kernels.formats import BLOCK
 from lhopt_fused.kernels.gradients import DTYPE_CODES, MISSING, Grads, GradTable, tabulated
 from lhopt_fused.kernels.triton_features import (
     FEATURE_COLUMNS,
@@ -43,7 +44,7 @@ from lhopt_fused.kernels.triton_features import (
     group_features_kernel,
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
-from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, StepPlan
+from lhopt_fused.kernels.triton_plan import DTYPES, MOMENTS, DeviceTables, StepPlan
 from lhopt_fused.kernels.triton_tables import (
     A_SIGNS,
     C_DECAY,
@@ -91,7 +92,7 @@ class TritonBackend:
             self._pointers = _GradPointers(self._tables.grads)
             with self._compiling("features"):
                 self._features = self._feature_launches()
-            arrays = self._tables.addresses[:, : A_SIGNS.value]  # the signs are bytes
+            arrays = self._tables.addresses[:, : A_SIGNS.value]  # what comes then is read as it is
             self._state_aligned = _is_aligned(arrays.cpu().numpy())
             self._plans: dict[tuple[bytes, bool], StepPlan] = {}
             codes = np.array([DTYPE_CODES[param.dtype] for param in layout.params], dtype=np.int8)
@@ -289,9 +290,7 @@ def check_layout(layout: StepLayout) -> None:
             "backend='cpu' or 'reference', or set TRITON_INTERPRET=1 to run it on the CPU for tests"
         )
     wanted = "cpu" if INTERPRETED else "cuda"
-    masters = [master for master in layout.master_params or () if master is not None]
-    state = (*layout.exp_avgs, *layout.exp_avg_sqs, *masters, *(layout.grad_signs or ()))
-    for tensor in (*layout.params, *state):
+    for tensor in _tensors(layout):
         if tensor.device.type != wanted or tensor.device != layout.device:
             raise ValueError(
                 f"backend 'triton' steps tensors of one {wanted.upper()} device, here "
@@ -299,15 +298,52 @@ def check_layout(layout: StepLayout) -> None:
                 "per device"
             )
     for index, param in enumerate(layout.params):
-        moments = {layout.exp_avgs[index].dtype, layout.exp_avg_sqs[index].dtype}
-        if param.dtype not in DTYPES or moments != {torch.float32}:
+        m, v = layout.exp_avgs[index], layout.exp_avg_sqs[index]
+        if param.dtype not in DTYPES or (m.dtype, v.dtype) not in MOMENTS:
             raise ValueError(
-                "backend 'triton' steps float32, bfloat16 and float16 parameters with float32 "
-                f"moments; parameter {index} is {param.dtype} with moments "
-                f"{sorted(map(str, moments))}: choose backend='reference' for others"
+                "backend 'triton' steps float32, bfloat16 and float16 parameters with moments in "
+                "float32, bfloat16, or codes in int8 and uint8; parameter "
+                f"{index} is {param.dtype} with moments in {m.dtype} and {v.dtype}: choose "
+                "backend='reference' for float64"
             )
-    if layout.master_corrections is not None:
+        if m.dtype == torch.int8:
+            _check_scales(index, m.numel(), layout.exp_avg_scales)
+            _check_scales(index, m.numel(), layout.exp_avg_sq_scales)
+        corrections = layout.master_corrections
+        correction = None if corrections is None else corrections[index]
+        if correction is not None and (
+            param.dtype != torch.bfloat16 or correction.dtype not in (torch.int8, torch.int16)
+        ):
+            raise ValueError(
+                "backend 'triton' makes masters of bfloat16 parameters and corrections in int8 or "
+                f"int16; parameter {index} is {param.dtype} with a correction in "
+                f"{correction.dtype}"
+            )
+
+
+def _tensors(layout: StepLayout) -> Iterator[torch.Tensor]:
+    """All that a step reads or writes of the tensors, but for their gradients."""
+    columns: tuple[Sequence[torch.Tensor | None] | None, ...] = (
+        layout.params,
+        layout.exp_avgs,
+        layout.exp_avg_sqs,
+        layout.exp_avg_scales,
+        layout.exp_avg_sq_scales,
+        layout.master_params,
+        layout.master_corrections,
+        layout.grad_signs,
+    )
+    for column in columns:
+        yield from (tensor for tensor in column or () if tensor is not None)
+
+
+def _check_scales(index: int, numel: int, column: Sequence[torch.Tensor | None] | None) -> None:
+    """Refuse codes that are not whole blocks with a scale for each."""
+    scales = None if column is None else column[index]
+    is_whole = scales is not None and scales.numel() * BLOCK == numel and scales.is_contiguous()
+    if scales is None or not is_whole or scales.dtype != torch.bfloat16:
+        got = "none" if scales is None else f"{scales.numel()} in {scales.dtype}"
         raise ValueError(
-            "backend 'triton' does not step split masters: choose master_weights=True, or "
-            "backend='reference'"
+            f"the codes of parameter {index}, {numel} in number, need a scale in bfloat16 for "
+            f"each {BLOCK} of them; got {got}"
         )

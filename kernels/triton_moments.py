@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lhopt_fused.kernels.triton_apply import load_direction, update_direction
 from lhopt_fused.kernels.triton_chunks import (
     data_pointer,
     load_chunk,
@@ -14,36 +13,34 @@ from lhopt_fused.kernels.triton_chunks import (
     tile,
     where_set,
 )
-from lhopt_fused.kernels.triton_rounding import chunk_keys, round_at_random, round_to
+from lhopt_fused.kernels.triton_formats import dither_key
+from lhopt_fused.kernels.triton_rounding import rounding_keys
+from lhopt_fused.kernels.triton_state import (
+    load_moments,
+    load_weights,
+    moment_pointers,
+    store_moments,
+    store_weights,
+    weight_pointers,
+)
 from lhopt_fused.kernels.triton_tables import (
-    A_COPY,
-    A_M,
-    A_PARAM,
     A_SIGNS,
-    A_V,
     ADDRESS_COLUMNS,
     C_ACTIVE,
-    C_BETA1,
-    C_BETA2,
     C_CLIP,
     C_DECAY,
     C_DEFERRED,
-    C_OMBETA1,
-    C_OMBETA2,
     C_STEP_SIZE,
     COEFFICIENT_COLUMNS,
 )
+from lhopt_fused.kernels.triton_update import (
+    load_betas,
+    load_direction,
+    next_moments,
+    update_direction,
+)
 
 __all__ = ["moments_kernel"]
-
-
-@triton.jit
-def next_moments(g, m, v, beta1, ombeta1, beta2, ombeta2, ROOT_DENOMINATOR: tl.constexpr):
-    """``(m, v)`` after the step."""
-    new_m = beta1 * m + ombeta1 * g
-    if ROOT_DENOMINATOR:
-        return new_m, beta2 * v + ombeta2 * (g * g)
-    return new_m, tl.maximum(beta2 * v, tl.abs(g))
 
 
 @triton.jit
@@ -59,6 +56,32 @@ def exchange_signs(signs_ptr, offset, length, g, ROWS: tl.constexpr, VECTOR: tl.
     after = tl.sum(is_negative << bits, axis=1)
     tl.store(byte_ptr, after.to(tl.uint8), mask=inside)
     return ((before[:, None] >> bits) & 1) == is_negative
+
+
+@triton.jit
+def halves_product(x, HALF: tl.constexpr):
+    """``[ROWS, 2 * HALF]`` -> ``[ROWS, HALF]``: products of neighbours."""
+    first, second = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
+    return first * second
+
+
+@triton.jit
+def sum_of_logs(x, VECTOR: tl.constexpr):
+    """Along each row of finite numbers > 0: exponents are added, the rest multiplied, for one log.
+
+    A logarithm of each would be a fifth of all instructions of a step.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = tl.sum((bits >> 23) - 127, axis=1)
+    product = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    if VECTOR >= 8:
+        product = halves_product(product, 4)
+    if VECTOR >= 4:
+        product = halves_product(product, 2)
+    if VECTOR >= 2:
+        product = halves_product(product, 1)
+    log = tl.log(tl.max(product, axis=1))
+    return exponent.to(tl.float32) * 0.6931471805599453 + log
 
 
 @triton.jit
@@ -82,8 +105,12 @@ def all_sums(
     taken,
     same_sign_grad,
 ):
-    """``[ROWS, 16]``: every sum along the rows of a tile, with ``m`` from before the step."""
+    """``[ROWS, 16]``: every sum along the rows of a tile, with ``m`` from before the step.
+
+    ``same_sign_grad`` has been counted.
+    """
     noise = m_hat - g
+    logs = sum_of_logs(tl.where(taken, tl.abs(u) + 1e-8, 1.0), u.shape[1])
     return stack16(
         param_sq,
         update_sq,
@@ -96,11 +123,11 @@ def all_sums(
         tl.sum(g * m_hat, axis=1),
         tl.sum(g * u, axis=1),
         count(is_gt_epsilon),
-        tl.sum(tl.where(taken, tl.log(tl.abs(u) + 1e-8), 0.0), axis=1),
+        tl.where(update_sq < float("inf"), logs, update_sq),
         tl.sum(g * m, axis=1),
         tl.sum(m * m, axis=1),
         count(taken & ((g < 0.0) == (m < 0.0))),
-        count(same_sign_grad),
+        same_sign_grad,
     )
 
 
@@ -113,8 +140,9 @@ def moments_kernel(
     tensor_state_ptr,
     seed_ptr,  # int32 [2]
     partials_ptr,  # float32 [rows, COLUMNS]
-    PARAM_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # of the parameter that has a master; None without
+    PARAM_DTYPE: tl.constexpr,  # this, and the next two: see triton_state
+    BESIDE_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ROOT_DENOMINATOR: tl.constexpr,
@@ -136,18 +164,16 @@ def moments_kernel(
     if tl.load(row_ptr + C_ACTIVE) == 0.0:
         return
     address_ptr = addresses_ptr + tensor * ADDRESS_COLUMNS
-    param_ptr = data_pointer(tl.load(address_ptr + A_PARAM), start, PARAM_DTYPE, ALIGNED)
-    m_ptr = data_pointer(tl.load(address_ptr + A_M), start, tl.float32, ALIGNED)
-    v_ptr = data_pointer(tl.load(address_ptr + A_V), start, tl.float32, ALIGNED)
+    param_ptr, beside_ptr = weight_pointers(address_ptr, start, PARAM_DTYPE, BESIDE_DTYPE, ALIGNED)
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moment_pointers(
+        address_ptr, start, MOMENT_DTYPE, ALIGNED
+    )
     grad_ptr = data_pointer(tl.load(grads_ptr + tensor), start, GRAD_DTYPE, ALIGNED)
     signs_ptr = (tl.load(address_ptr + A_SIGNS) + start // 8).to(tl.pointer_type(tl.uint8))
-    if COPY_DTYPE is not None:
-        copy_ptr = data_pointer(tl.load(address_ptr + A_COPY), start, COPY_DTYPE, ALIGNED)
-    if STOCHASTIC:
-        first_key, second_key = chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
+    first_key, second_key = rounding_keys(seed_ptr, tensor_state_ptr, tensor, start, STOCHASTIC)
+    dither = dither_key(tensor_state_ptr, tensor)
     applies = 1.0 - tl.load(row_ptr + C_DEFERRED)
-    beta1, ombeta1 = tl.load(row_ptr + C_BETA1), tl.load(row_ptr + C_OMBETA1)
-    beta2, ombeta2 = tl.load(row_ptr + C_BETA2), tl.load(row_ptr + C_OMBETA2)
+    beta1, ombeta1, beta2, ombeta2 = load_betas(row_ptr)
     clip = tl.load(row_ptr + C_CLIP)
     m_scale, s_scale, epsilon, weight_decay = load_direction(row_ptr)
     step_size, decay = tl.load(row_ptr + C_STEP_SIZE), tl.load(row_ptr + C_DECAY)
@@ -156,9 +182,11 @@ def moments_kernel(
     for offset in range(0, length, ROWS * VECTOR):
         indices, inside = tile(offset, length, ROWS, VECTOR, ALIGNED)
         g = tl.load(grad_ptr + indices, mask=inside, other=0.0).to(tl.float32)
-        p = tl.load(param_ptr + indices, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + indices, mask=inside, other=0.0)
-        v = tl.load(v_ptr + indices, mask=inside, other=1.0)
+        p = load_weights(param_ptr, beside_ptr, indices, inside, BESIDE_DTYPE)
+        m, v = load_moments(
+            m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset, length,
+            MOMENT_DTYPE, ROWS, VECTOR,
+        )  # fmt: skip
         taken = inside
         if MASKS:
             taken = inside & (tl.abs(g) < float("inf"))
@@ -177,22 +205,21 @@ def moments_kernel(
             # What is left out adds nothing to any sum but |p|^2.
             u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
             m = tl.where(taken, m, 0.0)
-        if STOCHASTIC:
-            rounded = round_at_random(new_p, indices, first_key, second_key, PARAM_DTYPE)
-        else:
-            rounded = round_to(new_p, PARAM_DTYPE)
-        tl.store(m_ptr + indices, new_m, mask=inside)
-        tl.store(v_ptr + indices, new_v, mask=inside)
-        applied = where_set(inside, applies)
-        tl.store(param_ptr + indices, rounded, mask=applied)
-        if COPY_DTYPE is not None:
-            tl.store(copy_ptr + indices, round_to(new_p, COPY_DTYPE), mask=applied)
+        if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
+            store_moments(
+                new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
+                length, start, dither, MOMENT_DTYPE, ROWS, VECTOR,
+            )  # fmt: skip
+        kept = store_weights(
+            new_p, param_ptr, beside_ptr, indices, where_set(inside, applies), first_key,
+            second_key, PARAM_DTYPE, BESIDE_DTYPE, STOCHASTIC,
+        )  # fmt: skip
 
-        same_sign_grad = taken
+        same_sign_grad = tl.zeros([ROWS], tl.float32)
         if SIGNS:
-            same_sign_grad = taken & exchange_signs(signs_ptr, offset, length, g, ROWS, VECTOR)
+            same = taken & exchange_signs(signs_ptr, offset, length, g, ROWS, VECTOR)
+            same_sign_grad = count(same)
         if COLUMNS > 0:
-            kept = rounded.to(tl.float32)
             param_sq, update_sq = tl.sum(p * p, axis=1), tl.sum(u * u, axis=1)
             new_param_sq, masked = tl.sum(kept * kept, axis=1), tl.zeros([ROWS], tl.float32)
             if MASKS:
@@ -204,6 +231,14 @@ def moments_kernel(
                 param_sq, update_sq, new_param_sq, masked,
                 p, g, m, m_hat, u, taken & (s > epsilon), taken, same_sign_grad,
             )  # fmt: skip
+        if MOMENT_DTYPE != tl.float32:  # noqa: SIM102, SIM300 - as in triton_finalize
+            # What storing rounds waits for its update, which is computed from it again; and for
+            # the sums above, which need the registers.
+            if applies != 0.0:
+                store_moments(
+                    new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
+                    length, start, dither, MOMENT_DTYPE, ROWS, VECTOR,
+                )  # fmt: skip
     if COLUMNS > 0:
         columns = tl.arange(0, COLUMNS)
         tl.store(partials_ptr + row * COLUMNS + columns, tl.sum(sums, axis=0))

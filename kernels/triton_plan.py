@@ -22,13 +22,23 @@ from lhopt_fused.kernels.triton_moments import moments_kernel
 from lhopt_fused.kernels.triton_prepare import prepare_kernel
 from lhopt_fused.types import Clip, Denominator, StepLayout, Trust, WeightDecay
 
-__all__ = ["DTYPES", "DeviceTables", "StepPlan"]
+__all__ = ["DTYPES", "MOMENTS", "STATE_DTYPES", "DeviceTables", "StepPlan"]
 
 DTYPES: Final = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+STATE_DTYPES: Final = {**DTYPES, torch.int8: tl.int8, torch.int16: tl.int16}
+"""Also those of moments, and of what lies beside weights."""
+
+MOMENTS: Final = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.int8, torch.uint8),
+)
+"""Dtypes of m and v together; those of m tell them apart."""
 
 _DTYPE_OF: Final = tuple(DTYPE_CODES)  # by code
 
@@ -87,14 +97,26 @@ def _memberships(
 
 def _arrays(layout: StepLayout, tensor: int) -> tuple[torch.Tensor | None, ...]:
     """What a tensor's row of ``DeviceTables.addresses`` points at."""
-    param, master = layout.params[tensor], _master(layout, tensor)
-    stepped, copy = (param, None) if master is None else (master, param)
     signs = layout.grad_signs[tensor] if layout.grad_signs else None
-    return stepped, layout.exp_avgs[tensor], layout.exp_avg_sqs[tensor], copy, signs
+    moments = layout.exp_avgs[tensor], layout.exp_avg_sqs[tensor]
+    stepped, beside = _weights(layout, tensor)
+    return stepped, *moments, beside, signs, *_scales(layout, tensor), None
 
 
-def _master(layout: StepLayout, tensor: int) -> torch.Tensor | None:
-    return layout.master_params[tensor] if layout.master_params else None
+def _weights(layout: StepLayout, tensor: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is stepped, and what lies beside it: a master's copy, or corrections, or nothing."""
+    param = layout.params[tensor]
+    master = layout.master_params[tensor] if layout.master_params else None
+    if master is not None:
+        return master, param
+    return param, layout.master_corrections[tensor] if layout.master_corrections else None
+
+
+def _scales(layout: StepLayout, tensor: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scales of 8-bit moments, or nothing."""
+    scales = layout.exp_avg_scales, layout.exp_avg_sq_scales
+    m, v = (None if of is None else of[tensor] for of in scales)
+    return m, v
 
 
 class DeviceTables:
@@ -136,7 +158,8 @@ class _Bucket(NamedTuple):
     """What selects the code of the passes over elements."""
 
     param: torch.dtype  # of what is stepped
-    copy: torch.dtype | None  # of the parameter that has a master
+    beside: torch.dtype | None  # of a master's copy, or of correction bits
+    moments: torch.dtype
     stochastic: bool
     grad: torch.dtype
     root_denominator: bool
@@ -145,7 +168,8 @@ class _Bucket(NamedTuple):
     def constants(self) -> dict[str, Any]:
         return {
             "PARAM_DTYPE": DTYPES[self.param],
-            "COPY_DTYPE": None if self.copy is None else DTYPES[self.copy],
+            "BESIDE_DTYPE": None if self.beside is None else STATE_DTYPES[self.beside],
+            "MOMENT_DTYPE": STATE_DTYPES[self.moments],
             "STOCHASTIC": self.stochastic,
             "GRAD_DTYPE": DTYPES[self.grad],
             "ROOT_DENOMINATOR": self.root_denominator,
@@ -223,9 +247,14 @@ class StepPlan:
         self.after = self._apply_launches()
 
     def _vector(self, tensor: int) -> int:
-        """Elements of the widest access: 16 bytes of the narrowest type, or a byte of signs."""
-        dtypes = {self._layout.params[tensor].dtype, self._grad_dtypes[tensor]}
-        is_wide = dtypes == {torch.float32} and self._layout.grad_signs is None
+        """Elements of the widest access: 16 bytes of 16-bit numbers, or a byte of signs.
+
+        Of codes these are 8 bytes: with 16 elements a row registers would not suffice.
+        """
+        layout = self._layout
+        dtypes = {x.dtype for x in (layout.params[tensor], layout.exp_avgs[tensor])}
+        is_wide = dtypes | {self._grad_dtypes[tensor]} == {torch.float32}
+        is_wide = is_wide and layout.grad_signs is None
         return 4 if is_wide else 8
 
     def _cut(self, include: Sequence[int]) -> ChunkRows:
@@ -235,14 +264,14 @@ class StepPlan:
     def _group_tensors(self) -> dict[_Bucket, list[int]]:
         buckets: dict[_Bucket, list[int]] = {}
         for tensor in self._tensors:
-            layout, param = self._layout, self._layout.params[tensor]
+            layout = self._layout
             options = layout.options[layout.group_of[tensor]]
-            has_master = _master(layout, tensor) is not None
-            stepped = torch.float32 if has_master else param.dtype
+            stepped, beside = _weights(layout, tensor)
             bucket = _Bucket(
-                stepped,
-                param.dtype if has_master else None,
-                layout.rounding == "stochastic" and stepped != torch.float32,
+                stepped.dtype,
+                None if beside is None else beside.dtype,
+                layout.exp_avgs[tensor].dtype,
+                layout.rounding == "stochastic" and stepped.dtype != torch.float32,
                 self._grad_dtypes[tensor],
                 options.denominator is Denominator.RMS,
                 options.weight_decay is WeightDecay.IN_UPDATE,

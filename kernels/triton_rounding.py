@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lhopt_fused.kernels.triton_tables import STATE_COLUMNS, STEP
 
-__all__ = ["chunk_keys", "round_at_random", "round_to"]
+__all__ = ["chunk_keys", "round_at_random", "round_to", "rounding_keys"]
 
 FIRST_KEY = tl.constexpr(0x9E37_79B9)
 SECOND_KEY = tl.constexpr(0x85EB_CA6B)
@@ -69,6 +69,15 @@ def chunk_keys(seed_ptr, tensor_state_ptr, tensor, start):
     first = chunk_key(tl.full([], FIRST_KEY, tl.uint32), seed_ptr, tensor, step, start)
     second = chunk_key(tl.full([], SECOND_KEY, tl.uint32), seed_ptr, tensor, step, start)
     return first + start.to(tl.uint32), second
+
+
+@triton.jit
+def rounding_keys(seed_ptr, tensor_state_ptr, tensor, start, STOCHASTIC: tl.constexpr):
+    """:func:`chunk_keys` where chance has a say, else nothing of use."""
+    if STOCHASTIC:
+        return chunk_keys(seed_ptr, tensor_state_ptr, tensor, start)
+    zero = tl.full([], 0, tl.uint32)
+    return zero, zero
 
 
 @triton.jit

@@ -69,12 +69,14 @@ KEEPS_SIGNS: Final = tl.constexpr(64)
 
 # Where the data lies: addresses, int64 [T, ADDRESS_COLUMNS], 0 for what a tensor has not; chunks,
 # int64 [C, CHUNK_COLUMNS]: tensor, first element, number of elements and row of partial sums.
-ADDRESS_COLUMNS: Final = tl.constexpr(5)
+ADDRESS_COLUMNS: Final = tl.constexpr(8)
 A_PARAM: Final = tl.constexpr(0)  # what is stepped: the parameter, or its float32 master
 A_M: Final = tl.constexpr(1)
 A_V: Final = tl.constexpr(2)
-A_COPY: Final = tl.constexpr(3)  # the 16-bit parameter that has a master
+A_BESIDE: Final = tl.constexpr(3)  # the copy of a master, or the corrections of a split one
 A_SIGNS: Final = tl.constexpr(4)
+A_M_SCALE: Final = tl.constexpr(5)  # of 8-bit moments
+A_V_SCALE: Final = tl.constexpr(6)
 CHUNK_COLUMNS: Final = tl.constexpr(4)
 
 # Partial sums of a gradient pass: grad_partials [rows, GRAD_COLUMNS].

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels.formats": {"kernels.rounding"},
     "kernels.reference": {"types", "kernels.gradients", "kernels.rounding", "kernels.formats"},
     "kernels.cpu": {"types", "kernels.formats", "kernels.gradients", "_C"},
-    "kernels.triton": {"types", "kernels.gradients", "kernels.triton"},
+    "kernels.triton": {"types", "kernels.formats", "kernels.gradients", "kernels.triton"},
     "placement": {"layout", "kernels.gradients", "_C"},
     "ranks": {"types"},
     "sharding": {"types", "kernels", "kernels.formats", "kernels.gradients", "placement", "ranks"},

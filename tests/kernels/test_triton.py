@@ -5,36 +5,44 @@
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tolerances
 import torch
+from cases import INTERPRETED
 from tolerances import Tolerance, assert_close
+from triton_runs import (
+    DEVICE,
+    OPTIONS,
+    SHAPES,
+    assert_same_run,
+    assert_wrong_run_fails,
+    largest,
+    make_grads,
+    make_layout,
+    misaligned,
+    quiet_interpreter,  # noqa: F401 - a fixture
+    run,
+    spoiled,
+    to_device,
+)
 
 from lhopt_fused import CIAO
 from lhopt_fused.features import ACCUMULATED, mean_features, step_norms, tensor_features
 from lhopt_fused.kernels import get_backend
 from lhopt_fused.kernels.rounding import random_words, round_stochastically
 from lhopt_fused.types import (
-    GROUP_STATE,
     SCALARS,
     STATISTICS,
     TENSOR_STATE,
     Clip,
     Denominator,
-    StepLayout,
     StepOptions,
     Trust,
-    WeightDecay,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
         "needs a CUDA device, or TRITON_INTERPRET=1 (its own job: ./dev interpret)",
@@ -42,194 +50,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     )
 pytest.importorskip("triton")
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-HYPERPARAMETERS = {
-    "lr": 1e-2,
-    "ombeta1": 0.1,
-    "ombeta2": 0.02,
-    "epsilon": 1e-3,
-    "weight_decay": 0.1,
-    "group_clip_grad_norm": 0.8,
-    "grad_clip_ombeta": 0.05,
-    "lamb_update_norm_ombeta": 0.2,
-    "group_clip_grad_z_score": 0.5,
-    "lamb_power": 0.7,
-    "lamb_min_trust": 1e-3,
-    "lamb_max_trust": 3.0,
-}
-OPTIONS = {
-    "adamw": StepOptions(),
-    "adamw_warmup_maximize": StepOptions(clip=Clip.NORM, radam_warmup=True, maximize=True),
-    "lhopt": StepOptions(
-        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True
-    ),
-    "lhopt_delayed": StepOptions(
-        Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.DELAYED, True
-    ),
-    "z_score_decay_in_update": StepOptions(
-        Denominator.RMS, WeightDecay.IN_UPDATE, Clip.Z_SCORE, trust=Trust.DELAYED
-    ),
-    "max_decoupled_lamb": StepOptions(Denominator.MAX, trust=Trust.EXACT),
-}
-SHAPES: tuple[tuple[int, ...], ...] = ((33, 9), (7,), (0, 3), ())
-
-
-@pytest.fixture(autouse=True)
-def quiet_interpreter() -> Iterator[None]:
-    """numpy, which plays the GPU here, would warn of what a GPU does in silence."""
-    with np.errstate(all="ignore"):
-        yield
-
-
-def make_layout(
-    options: StepOptions | Sequence[StepOptions],
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
-    dtype: torch.dtype = torch.float32,
-    *,
-    group_of: Sequence[int] | None = None,
-    signs: bool = False,
-    masks: bool = False,
-    **changes: float,
-) -> StepLayout:
-    """A layout on the CPU with reproducible parameters and all state zero."""
-    generator = torch.Generator().manual_seed(0)
-    groups = [options] if isinstance(options, StepOptions) else list(options)
-    params = [torch.randn(s, generator=generator).mul(0.5).to(dtype) for s in shapes]
-    row = [{**HYPERPARAMETERS, **changes}[name] for name in SCALARS]
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return StepLayout(
-        params=params,
-        exp_avgs=[torch.zeros_like(p, dtype=torch.float32) for p in params],
-        exp_avg_sqs=[torch.zeros_like(p, dtype=torch.float32) for p in params],
-        grad_signs=[zeros(-(-p.numel() // 8), dtype=torch.uint8) for p in params]
-        if signs
-        else None,
-        group_of=list(group_of) if group_of else [0] * len(params),
-        is_vector=[p.dim() <= 1 for p in params],
-        options=groups,
-        run_of=[0] * len(groups),
-        scalars=torch.tensor([row] * len(groups), dtype=torch.float64),
-        group_state=zeros(len(groups), len(GROUP_STATE)),
-        tensor_state=zeros(len(params), len(TENSOR_STATE)),
-        skipped_steps=zeros(1, dtype=torch.int64),
-        masks_nonfinite=masks,
-    )
-
-
-def make_grads(
-    params: Sequence[torch.Tensor], step: int, dtype: torch.dtype | None = None
-) -> list[torch.Tensor | None]:
-    """Gradients with zeros; a spike in step 2, one missing in step 3."""
-    grads: list[torch.Tensor | None] = []
-    for index, param in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + index)
-        grad = torch.randn(param.shape, generator=generator)
-        grad *= (torch.rand(param.shape, generator=generator) > 0.1) * (30.0 if step == 2 else 1.0)
-        missing = step == 3 and index == 1
-        grads.append(None if missing else grad.to(dtype or param.dtype))
-    return grads
-
-
-def to_device(value: Any) -> Any:
-    """A copy of a layout, tensor or list on the device under test."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE, copy=True)
-    if isinstance(value, list):
-        return [to_device(entry) for entry in value]
-    if isinstance(value, StepLayout):
-        return replace(value, **{name: to_device(entry) for name, entry in vars(value).items()})
-    return value
-
-
-@dataclass
-class Run:
-    """What a trajectory left behind, on the CPU."""
-
-    layout: StepLayout
-    statistics: list[torch.Tensor]
-    params: list[list[torch.Tensor]]
-
-
-MakeGrads = Callable[[int], list[torch.Tensor | None]]
-
-
-def run(layout: StepLayout, backend: str, grads: MakeGrads, steps: int) -> Run:
-    """``steps`` steps on a copy of ``layout``, with statistics except in every third."""
-    on = to_device if backend == "triton" else copy.deepcopy
-    layout = on(layout)
-    stepper = get_backend(backend, layout)
-    trajectory, statistics = [], []
-    for step in range(steps):
-        table = torch.full_like(layout.tensor_state[:, :1], torch.nan).repeat(1, len(STATISTICS))
-        stepper.step(on(grads(step)), None if step % 3 == 1 else table)
-        statistics.append(table.cpu())
-        trajectory.append([p.detach().to("cpu", copy=True) for p in layout.params])
-    cpu = {name: _cpu(value) for name, value in vars(layout).items()}
-    return Run(replace(layout, **cpu), statistics, trajectory)
-
-
-def _cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    return [_cpu(entry) for entry in value] if isinstance(value, list) else value
-
-
-def statistics_scale(expected: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``[T, len(STATISTICS)]``: the largest magnitude that each sum could have."""
-    column = {name: expected[:, i] for i, name in enumerate(STATISTICS)}
-    norm = {name: column[f"{name}_sq"].sqrt() for name in ("grad", "param", "update", "m_hat")}
-    numel = torch.tensor([float(p.numel()) for p in params])
-    scale = expected.abs().nan_to_num()
-    for name, bound in {
-        "grad_dot_param": norm["grad"] * norm["param"],
-        "grad_dot_m_hat": norm["grad"] * norm["m_hat"],
-        "grad_dot_update": norm["grad"] * norm["update"],
-        "grad_dot_momentum": norm["grad"] * column["momentum_sq"].sqrt(),
-        "m_hat_minus_grad_sq": column["grad_sq"] + column["m_hat_sq"],
-        "sum_log_abs_update": 20 * numel,  # |log 1e-8| and a little
-    }.items():
-        scale[:, STATISTICS.index(name)] = bound.nan_to_num()
-    return scale
-
-
-def assert_same_run(value: Run, expected: Run, dtype: torch.dtype = torch.float32) -> None:
-    """Parameters, moments, state and statistics of two runs, element by element."""
-    trajectory, sums = tolerances.TRAJECTORY[dtype], tolerances.STATISTICS[dtype]
-    for got, wanted in zip(value.params, expected.params, strict=True):
-        for p, q in zip(got, wanted, strict=True):
-            assert_close(p, q, trajectory, q.double().abs().max() if q.numel() else 0.0)
-    for kind in ("exp_avgs", "exp_avg_sqs"):
-        for x, y in zip(getattr(value.layout, kind), getattr(expected.layout, kind), strict=True):
-            assert_close(x, y, tolerances.TRAJECTORY[torch.float32], max(1.0, _largest(y)))
-    remembered = slice(0, -1)  # param_norm is kept only where trust is delayed
-    x, y = value.layout.tensor_state, expected.layout.tensor_state
-    assert_close(x[:, remembered], y[:, remembered], trajectory, y[:, remembered].abs())
-    x, y = value.layout.group_state, expected.layout.group_state
-    assert_close(x, y, sums, y.abs().clamp_min(1e-3))
-    assert torch.equal(value.layout.skipped_steps, expected.layout.skipped_steps)
-    for got, wanted in zip(value.statistics, expected.statistics, strict=True):
-        loose = Tolerance(max(sums.relative, trajectory.relative))
-        assert_close(got, wanted, loose, statistics_scale(wanted, expected.layout.params))
-    signs = value.layout.grad_signs or [], expected.layout.grad_signs or []
-    for got, wanted in zip(*signs, strict=True):
-        assert torch.equal(got, wanted)
-
-
-def _largest(x: torch.Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def assert_wrong_run_fails(value: Run, layout: StepLayout, grads: MakeGrads, steps: int) -> None:
-    """The same comparison refuses an optimizer whose ``ombeta2`` is off by a tenth of a percent."""
-    wrong = copy.deepcopy(layout)
-    wrong.scalars[:, SCALARS.index("ombeta2")] *= 1.001
-    with pytest.raises(AssertionError):
-        assert_same_run(value, run(wrong, "reference", grads, steps))
 
 
 @pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])
@@ -352,7 +173,7 @@ def test_other_ways_to_16_bits_are_the_reference(name: str, masks: bool, way: st
     if way == "master":
         masters = zip(value.layout.master_params, expected.layout.master_params, strict=True)
         for p, q in masters:
-            assert_close(p, q, tolerances.TRAJECTORY[torch.float32], _largest(q))
+            assert_close(p, q, tolerances.TRAJECTORY[torch.float32], largest(q))
         pairs = list(zip(value.layout.params, value.layout.master_params, strict=True))
         assert all(torch.equal(p, master.bfloat16()) for p, master in pairs)
     else:  # results that differ in their last bit round alike but for one in thousands
@@ -375,12 +196,6 @@ def test_sizes(signs: bool) -> None:
     assert_wrong_run_fails(value, layout, grads, 2)
 
 
-def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """A copy whose first element lies one element after a 16-byte boundary."""
-    base = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
-    return base[1:].view(x.shape).copy_(x)
-
-
 @pytest.mark.parametrize("what", ["params", "exp_avgs", "exp_avg_sqs", "grads"])
 def test_misaligned_views(what: str) -> None:
     options, shapes = OPTIONS["max_decoupled_lamb"], ((33, 9), (7,))
@@ -396,7 +211,7 @@ def test_misaligned_views(what: str) -> None:
         backend.step(grads)
     expected = run(plain, "reference", lambda step: make_grads(plain.params, step), 2)
     for p, q in zip(layout.params, expected.layout.params, strict=True):
-        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], _largest(q))
+        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], largest(q))
 
 
 def test_groups_differ_in_options_scalars_and_gradients() -> None:
@@ -427,18 +242,6 @@ def test_runs_of_interleaved_groups_skip_apart() -> None:
         assert value.layout.skipped_steps.tolist() == [0, 1]
         with pytest.raises(AssertionError):
             assert_same_run(value, run(replace(layout, run_of=[0, 1, 0, 1]), "reference", grads, 4))
-
-
-def spoiled(layout: StepLayout, bad: float, at: int = 2) -> MakeGrads:
-    """Gradients with ``bad`` in two elements of tensor 0 in step ``at``."""
-
-    def grads(step: int) -> list[torch.Tensor | None]:
-        made = make_grads(layout.params, step)
-        if step == at and made[0] is not None:
-            made[0].view(-1)[[3, -1]] = bad
-        return made
-
-    return grads
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -480,7 +283,7 @@ def test_squares_outside_float32_are_finite(scale: float) -> None:
     got, wanted = value.statistics[0][:, column], expected.statistics[0][:, column]
     assert_close(got, wanted, tolerances.STATISTICS[torch.float32], wanted)
     for p, q in zip(value.params[-1], expected.params[-1], strict=True):
-        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], _largest(q))
+        assert_close(p, q, tolerances.TRAJECTORY[torch.float32], largest(q))
 
 
 def test_statistics_do_not_change_the_step() -> None:
