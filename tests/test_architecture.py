@@ -23,8 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"layout", "kernels.gradients", "_C"},
     "ranks": {"types"},
     "sharding": {"types", "kernels", "kernels.gradients", "placement", "ranks"},
+    "compiled": set(),
     "optimizer": {
         "types",
+        "compiled",
         "features",
         "layout",
         "kernels",
@@ -48,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
         "kernels",
         "ciao",
+        "compiled",
         "actions",
         "policy",
         "registers",
