@@ -76,9 +76,9 @@ def test_resumes_bit_identical_on_as_many_ranks(legs: dict[str, Any]) -> None:
 
 
 def test_killed_runs_end_bit_identical() -> None:
-    ended, are_equal = survive(3, seed=1)
-    assert ended >= 1
-    assert are_equal
+    survival = survive(3, seed=1)
+    assert survival.kills >= 3
+    assert survival.equal == survival.ended >= 1
 
 
 # ------------------------------------------------------------------ what can go wrong

@@ -69,16 +69,27 @@ def train(model: torch.nn.Module, optimizer: LHOPT, first: int, last: int, share
         optimizer.zero_grad()
 
 
+def fingerprint(value: Any) -> str:
+    """The same for equal numbers and bits alone, whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return bits([whole(value)])
+    if isinstance(value, dict):
+        return repr([(key, fingerprint(held)) for key, held in value.items()])
+    if isinstance(value, list | tuple):
+        return repr([fingerprint(held) for held in value])
+    return repr(value)
+
+
 def reached(model: torch.nn.Module, optimizer: LHOPT) -> dict[str, Any]:
+    """What a run has come to; ``"bits"`` are of all that it goes on from, policy included."""
     params = [whole(p) for p in model.parameters()]
-    moments = [whole(optimizer.state[p]["exp_avg"]) for p in model.parameters()]
     decided = [dict(step.hyperparameters) for step in optimizer.history]
     losses = [step.train_loss for step in optimizer.history]
     return {
         "params": params,
         "decided": decided,
         "losses": losses,
-        "bits": bits([*params, *moments]),
+        "bits": bits(params) + fingerprint(optimizer.state_dict()),
     }
 
 
