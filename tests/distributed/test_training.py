@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed.kills import survive
 from distributed.launch import Launched, run_ranks
-from distributed.training import STEPS, decisions, disagreements, leg, one_dies, refusals
+from distributed.training import (
+    STEPS,
+    decisions,
+    disagreements,
+    leg,
+    one_dies,
+    refusals,
+    with_registers,
+)
 from tolerances import SHARDED_RUN, assert_close
 
 # ------------------------------------------------------------------ decisions
@@ -73,6 +82,14 @@ def test_resumes_bit_identical_on_as_many_ranks(legs: dict[str, Any]) -> None:
     assert legs["resumed"][1]["bits"] == legs["throughout"][1]["bits"]
     assert legs["resumed"][1]["decided"] == legs["throughout"][1]["decided"]
     assert legs["resumed"][1]["bits"] != legs["on 2"][1]["bits"]
+
+
+def test_registers_in_use_go_into_a_checkpoint(tmp_path: Path) -> None:
+    for found in run_ranks(with_registers, 2, str(tmp_path)):
+        assert any(found["held"])
+        assert any("load" in used or "swap" in used for used in found["used"])
+        throughout, resumed = found["bits"]
+        assert throughout == resumed
 
 
 def test_killed_runs_end_bit_identical() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -150,6 +151,29 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     train(model, optimizer, first, last, slice(8))
     save(model, optimizer, Path(ends))
     return begun, reached(model, optimizer)
+
+
+def with_registers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """A run whose policy uses restart registers, saved with some in use, and gone on with."""
+
+    def begun() -> tuple[torch.nn.Sequential, LHOPT]:
+        model = make_model()
+        policy = random_policy(0, registers=True)
+        return model, make_optimizer(model, policy=policy, sample=True, restart_registers=3)
+
+    model, optimizer = begun()
+    train(model, optimizer, 0, 2 * STEPS // 3, slice(8))
+    save(model, optimizer, Path(folder) / "saved")
+    held = [not math.isnan(progress) for progress in optimizer.registers.progress]
+    train(model, optimizer, 2 * STEPS // 3, STEPS, slice(8))
+    other, resumed = begun()
+    load(other, resumed, Path(folder) / "saved")
+    train(other, resumed, 2 * STEPS // 3, STEPS, slice(8))
+    return {
+        "held": held,
+        "used": [step.register for step in optimizer.history],
+        "bits": [reached(model, optimizer)["bits"], reached(other, resumed)["bits"]],
+    }
 
 
 def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
