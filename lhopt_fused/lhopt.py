@@ -212,7 +212,7 @@ class LHOPT(CIAO):
                 f"more than total_steps={self.total_steps} inner steps: the policy keeps the "
                 "hyperparameters that it had then (this warning is shown once)",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=8,  # the line that calls step()
             )
 
     def _end_outer_step(self) -> None:

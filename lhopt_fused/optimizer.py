@@ -451,7 +451,7 @@ class MeasuredOptimizer(Optimizer):
                 f"a gradient holds NaN or inf; {left_out} (counted in skipped_steps; this warning "
                 "is shown once)",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=8,  # the line that calls step()
             )
 
     # ------------------------------------------------------------------ binding
