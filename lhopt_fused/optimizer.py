@@ -8,7 +8,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, get_args, overload
+from typing import Any, ClassVar, Protocol, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +125,13 @@ class _Run:
         ]
 
 
+class _Release(Protocol):
+    """Steps gradients during the backward pass; see :mod:`lhopt_fused.release`."""
+
+    def finish(self) -> _Run | None:
+        """Step what is left; the binding, None if there were no gradients ever."""
+
+
 class MeasuredOptimizer(Optimizer):
     """A fused Adam-family optimizer that takes statistics of its own steps.
 
@@ -180,6 +187,7 @@ class MeasuredOptimizer(Optimizer):
         self._ticket = ticket_for(self)
         self._members: list[torch.Tensor] = []
         self._run: _Run | None = None
+        self._release: _Release | None = None
         self._pending: PendingSums | None = None
         self._ranks: Ranks | None = None
         self._has_met = False
@@ -304,23 +312,34 @@ class MeasuredOptimizer(Optimizer):
 
     def _step(self, loss: float | None) -> None:
         """One inner step; ``loss`` is what the closure returned, if there was one."""
+        measures = self._measures_now()
+        if self._release is not None:
+            run = self._release.finish()
+        else:
+            run = self._advance(lambda run, grads: run.step(grads, measures))
+        if run is None:
+            return
+        self._inner_step += 1
+        self._report_nonfinite(run)
+
+    def _advance(self, step: Callable[[_Run, Grads], None]) -> _Run | None:
+        """Let ``step`` take the gradients at hand; the binding, None if there are no tensors."""
         scalars_changed = self._read_groups()
         self._met_ranks()
         run, is_ready = self._current_run()
         if run is None:
-            return
+            return None
         try:
             grads = run.placement.gradients if is_ready else run.dense_grads()
             if scalars_changed or run.is_new:
                 self._push_scalars(run)
             run.views.load()
-            run.step(grads, self._measures_now())
+            step(run, grads)
             run.views.store()
         finally:
             run.placement.let_go()
         run.is_new = False
-        self._inner_step += 1
-        self._report_nonfinite(run)
+        return run
 
     def _met_ranks(self) -> Ranks | None:
         """The ranks that train this model; at first, see that they have the same to do."""
