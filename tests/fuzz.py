@@ -29,6 +29,7 @@ from tolerances import STATISTICS as STATISTICS_TOLERANCE
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
+from benchmarks import report
 from lhopt_fused import CIAO, LHOPT, AdamW
 from lhopt_fused.kernels import BackendName
 
@@ -406,13 +407,19 @@ def main(say: Callable[[str], None] = print) -> int:
     parser.add_argument("--combinations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run this combination alone")
+    parser.add_argument("--keep", action="store_true", help="write it to benchmarks/results")
     asked = parser.parse_args()
     numbers = range(asked.combinations) if asked.only is None else [asked.only]
     found = failures(asked.seed, numbers)
     for number, text in sorted(found.items()):
         say(f"{drawn(asked.seed, number)}\n{text}")
         say(f"again: PYTHONPATH=tests python -m fuzz --seed {asked.seed} --only {number}")
-    say(f"{len(numbers) - len(found)} of {len(numbers)} combinations agree with the reference")
+    agree = len(numbers) - len(found)
+    say(f"{agree} of {len(numbers)} combinations agree with the reference")
+    if asked.keep:
+        report.keep_outcome(
+            "fuzz", {"seed": asked.seed, "combinations": len(numbers), "agree": agree}
+        )
     return int(bool(found))
 
 
