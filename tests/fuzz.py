@@ -35,7 +35,7 @@ from lhopt_fused.kernels import BackendName
 
 RANKS: Final = 4
 STEPS: Final = 5
-BATCH: Final = 500  # combinations in one start of the ranks
+BATCH: Final = 100  # combinations in one start of the ranks, which is given 300 seconds
 
 DTYPES: Final = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES: Final = (
