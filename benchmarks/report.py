@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import PROBES
+from benchmarks.machine import PROBES, ROOT, device_slug, stamp
 from benchmarks.registry import Shape, Variant, Workload, mean_bytes
 from benchmarks.timing import Series, quartiles, ratios
 
@@ -111,6 +112,13 @@ def write_suite(folder: Path, report: Mapping[str, Any]) -> None:
     """Write a stamped report under the name of its suite and commit."""
     dirty = "-dirty" if report["dirty"] else ""
     write_json(folder / f"{report['suite']}-{report['commit']}{dirty}.json", report)
+
+
+def keep_outcome(suite: str, outcome: Mapping[str, Any]) -> None:
+    """Write what a check on this machine's CPU has come to, stamped, beside the timings."""
+    device = torch.device("cpu")
+    folder = ROOT / "benchmarks" / "results" / device_slug(device)
+    write_suite(folder, {**stamp(suite, device), **outcome})
 
 
 def print_rows(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lhopt_fused.adamw import AdamW
     from lhopt_fused.ciao import CIAO
     from lhopt_fused.lhopt import LHOPT
+    from lhopt_fused.release import GradientRelease
     from lhopt_fused.types import (
         EXTRA_FEATURES,
         HYPERPARAMETERS,
@@ -30,11 +31,17 @@ __all__ = [
     "LHOPT",
     "AdamW",
     "BackendUnavailableError",
+    "GradientRelease",
     "NonFiniteGradientError",
     "__version__",
 ]
 
-_MODULES = {"AdamW": "adamw", "CIAO": "ciao", "LHOPT": "lhopt"}  # the others are in types
+_MODULES = {
+    "AdamW": "adamw",
+    "CIAO": "ciao",
+    "GradientRelease": "release",
+    "LHOPT": "lhopt",
+}  # the others are in types
 
 
 def __getattr__(name: str) -> Any:

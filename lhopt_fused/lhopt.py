@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import ParamsT
 
 from lhopt_fused.actions import REGISTER_CHOICES, REGISTERS
 from lhopt_fused.ciao import CIAO, LHOPT_START
+from lhopt_fused.compiled import traced_observe
 from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
@@ -156,6 +159,15 @@ class LHOPT(CIAO):
             ValueError: a tensor with more than one element.
             TypeError: something that is no number. Neither loss has been taken then.
         """
+        losses = train_loss, eval_loss
+        if is_dynamo_compiling() and all(x is None or isinstance(x, torch.Tensor) for x in losses):
+            traced_observe(self, train_loss, eval_loss)  # type: ignore[arg-type]
+        else:
+            self._observe_at_once(train_loss, eval_loss)
+
+    @_disable_dynamo
+    def _observe_at_once(self, train_loss: Loss | None, eval_loss: Loss | None) -> None:
+        """:meth:`observe`, as the operator in compiled loops calls it."""
         sums = self._loss_sums()
         numbers = [
             None if loss is None else _one_number(loss, sums.device)
@@ -201,7 +213,7 @@ class LHOPT(CIAO):
                 f"more than total_steps={self.total_steps} inner steps: the policy keeps the "
                 "hyperparameters that it had then (this warning is shown once)",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=8,  # the line that calls step()
             )
 
     def _end_outer_step(self) -> None:

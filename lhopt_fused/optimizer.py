@@ -8,15 +8,17 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, get_args, overload
+from typing import Any, ClassVar, Protocol, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lhopt_fused.compiled import ticket_for, traced_step
 from lhopt_fused.features import ACCUMULATED, FeatureAccumulator
 from lhopt_fused.kernels import BackendName, PhasedBackend, get_backend, resolve_backend
 from lhopt_fused.kernels.formats import scales_shape
@@ -129,6 +131,13 @@ class _Run:
         ]
 
 
+class _Release(Protocol):
+    """Steps gradients during the backward pass; see :mod:`lhopt_fused.release`."""
+
+    def finish(self) -> _Run | None:
+        """Step what is left; the binding, None if there were no gradients ever."""
+
+
 class MeasuredOptimizer(Optimizer):
     """A fused Adam-family optimizer that takes statistics of its own steps.
 
@@ -183,7 +192,10 @@ class MeasuredOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _reset_run(self) -> None:
+        self._ticket = ticket_for(self)
+        self._members: list[torch.Tensor] = []
         self._run: _Run | None = None
+        self._release: _Release | None = None
         self._pending: PendingSums | None = None
         self._ranks: Ranks | None = None
         self._has_met = False
@@ -246,6 +258,7 @@ class MeasuredOptimizer(Optimizer):
         self._scalars(checked)
         self._settle()
         super().add_param_group(group)
+        self._find_members()
         self._group_values = []
         self._retire_run()
         self._pending = None
@@ -255,7 +268,6 @@ class MeasuredOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo  # compiled loops call it as it is, as they do zero_grad
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one inner step with the gradients at hand.
 
@@ -268,7 +280,23 @@ class MeasuredOptimizer(Optimizer):
             BackendUnavailableError: the backend that was asked for cannot run here.
             NonFiniteGradientError: a gradient holds NaN or inf, with ``nonfinite="raise"``.
             Nothing has been written then.
+
+        In a function under ``torch.compile`` it is an operator in the graph, but for DTensors and
+        with a closure, which it calls as it is, between two graphs.
         """
+        if is_dynamo_compiling() and closure is None and self._is_traceable:
+            traced_step(self)
+            return None
+        return self._step_at_once(closure)
+
+    # torch's schedulers put a function that cannot be compiled around steps that do not say this,
+    # to set _opt_called; it is set here
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    @_disable_dynamo
+    def _step_at_once(self, closure: Callable[[], float] | None = None) -> float | None:
+        """:meth:`step` without its hooks, as the operator in compiled loops calls it."""
+        self._opt_called = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -277,25 +305,50 @@ class MeasuredOptimizer(Optimizer):
             self._step(loss)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`, without a break in a compiled graph."""
+        if is_dynamo_compiling() and set_to_none and self._is_traceable:
+            for param in self._members:
+                param.grad = None
+        else:
+            super().zero_grad(set_to_none)
+
+    def _find_members(self) -> list[torch.Tensor]:
+        """The parameters over all groups, as graphs are to take them from now on."""
+        self._members = self._all_params()
+        self._is_traceable = not any(map(is_sharded, self._members))
+        return self._members
+
     def _step(self, loss: float | None) -> None:
         """One inner step; ``loss`` is what the closure returned, if there was one."""
+        measures = self._measures_now()
+        if self._release is not None:
+            run = self._release.finish()
+        else:
+            run = self._advance(lambda run, grads: run.step(grads, measures))
+        if run is None:
+            return
+        self._inner_step += 1
+        self._report_nonfinite(run)
+
+    def _advance(self, step: Callable[[_Run, Grads], None]) -> _Run | None:
+        """Let ``step`` take the gradients at hand; the binding, None if there are no tensors."""
         scalars_changed = self._read_groups()
         self._met_ranks()
         run, is_ready = self._current_run()
         if run is None:
-            return
+            return None
         try:
             grads = run.placement.gradients if is_ready else run.dense_grads()
             if scalars_changed or run.is_new:
                 self._push_scalars(run)
             run.views.load()
-            run.step(grads, self._measures_now())
+            step(run, grads)
             run.views.store()
         finally:
             run.placement.let_go()
         run.is_new = False
-        self._inner_step += 1
-        self._report_nonfinite(run)
+        return run
 
     def _met_ranks(self) -> Ranks | None:
         """The ranks that train this model; at first, see that they have the same to do."""
@@ -426,7 +479,7 @@ class MeasuredOptimizer(Optimizer):
                 f"a gradient holds NaN or inf; {left_out} (counted in skipped_steps; this warning "
                 "is shown once)",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=8,  # the line that calls step()
             )
 
     # ------------------------------------------------------------------ binding
@@ -502,6 +555,7 @@ class MeasuredOptimizer(Optimizer):
     def _bind(self, params: list[torch.Tensor]) -> _Run:
         """Lay out ``params`` for the backend; on an error nothing has changed."""
         self._retire_run()
+        self._find_members()
         mine = pieces(params, "param_groups")
         self._check_pieces(params)
         check_params(mine, "param_groups")
@@ -702,6 +756,7 @@ class MeasuredOptimizer(Optimizer):
             self._skipped = measured["skipped_steps"]
             self._feature_sums = measured["feature_sums"]
         super().__setstate__(state)
+        self._find_members()
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

@@ -261,6 +261,8 @@ class ShardedStep:
             self._check_presence()
         waits = self._waits_for_norms(grads)
         self._backend.update_moments(self._sums, self._partial, measures)
+        is_bad = self._sums[:, GRADIENT_SUMS.index("nonfinite")] > 0  # here or on another rank
+        self._partial[:, _column("grad_nonfinite")] = is_bad.to(self._partial.dtype)
         self._remember(measures)
         if waits:
             self._finish()

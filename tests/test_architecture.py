@@ -24,8 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"layout", "kernels.gradients", "_C"},
     "ranks": {"types"},
     "sharding": {"types", "kernels", "kernels.formats", "kernels.gradients", "placement", "ranks"},
+    "compiled": set(),
     "optimizer": {
         "types",
+        "compiled",
         "features",
         "layout",
         "kernels",
@@ -36,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "ranks",
         "sharding",
     },
+    "release": {"types", "kernels.gradients", "optimizer", "ranks"},
     "json_fields": set(),
     "actions": {"types", "json_fields"},
     "cdf": set(),
@@ -50,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
         "kernels",
         "ciao",
+        "compiled",
         "actions",
         "policy",
         "registers",
@@ -99,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
         "_C",
         "__init__",
     },
-    "__init__": {"types", "adamw", "ciao", "lhopt"},
+    "__init__": {"types", "adamw", "ciao", "lhopt", "release"},
 }
 """Room -> the rooms of the package that it may import at module level or anywhere inside."""
 

@@ -8,6 +8,8 @@ from typing import Final
 
 import torch
 
+from lhopt_fused.types import STATISTICS as COLUMNS
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -184,3 +186,35 @@ def assert_mostly_close(
         beyond += int((error > tight.absolute + tight.relative * scale).sum())
     count = sum(expected.numel() for _, expected in pairs)
     assert beyond <= ROUNDED_OTHERWISE * count, f"{beyond} of {count} elements beyond {tight}"
+
+
+def statistics_scale(numel: Sequence[int], expected: torch.Tensor) -> torch.Tensor:
+    """The magnitude that the rounding errors of the sums ``expected`` are relative to.
+
+    Momentum, update and parameter are differences where signs change, so that their errors are
+    relative to the terms: the gradient and the old momentum, and 1 for each element of update and
+    parameter.
+
+    Args:
+        numel: elements of each tensor.
+        expected: float64 ``[len(numel), len(STATISTICS)]``.
+
+    Returns:
+        Like ``expected``.
+    """
+    elements = torch.tensor(numel, dtype=torch.float64)
+    scale = expected.nan_to_num().abs().clone()
+    s = dict(zip(COLUMNS, scale.unbind(1), strict=True))  # views, in place below
+    m_terms = s["m_hat_sq"] + s["grad_sq"] + s["momentum_sq"]
+    u_terms = s["update_sq"] + elements
+    s["param_sq"].copy_((s["param_sq"] * (s["param_sq"] + elements)).sqrt())
+    s["grad_dot_param"].copy_((s["grad_sq"] * s["param_sq"]).sqrt())
+    s["grad_dot_momentum"].copy_((s["grad_sq"] * m_terms).sqrt())
+    s["grad_dot_m_hat"].copy_((s["grad_sq"] * m_terms).sqrt())
+    s["grad_dot_update"].copy_((s["grad_sq"] * u_terms).sqrt())
+    s["m_hat_minus_grad_sq"].copy_(m_terms)
+    s["m_hat_sq"].copy_((s["m_hat_sq"] * m_terms).sqrt())
+    s["momentum_sq"].copy_((s["momentum_sq"] * m_terms).sqrt())
+    s["update_sq"].copy_((s["update_sq"] * u_terms).sqrt())
+    s["sum_log_abs_update"].add_(100.0 * elements)  # of numbers that may be tiny differences
+    return scale

@@ -1,7 +1,8 @@
 """Training runs whose processes are killed at random moments, and begun again where they were.
 
 ``PYTHONPATH=tests python -m distributed.kills 50`` kills 50 times and compares every run that ends
-with one that nothing happened to, bit for bit.
+with one that nothing happened to, bit for bit: parameters, moments, what the policy remembers and
+has decided. The outcome goes to ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distributed.launch import Launched, run_ranks
@@ -23,6 +25,8 @@ from distributed.training import (
     sharded,
     train,
 )
+
+from benchmarks import report
 
 RANKS = 2
 
@@ -38,22 +42,31 @@ def to_the_end(rank: int, ranks: int, folder: str) -> str:
     for step in range(first, STEPS):
         train(model, optimizer, step, step + 1, slice(8))
         save(model, optimizer, Path(folder) / str(step + 1))
-    bits: str = reached(model, optimizer)["bits"]
-    return bits
+    return str(reached(model, optimizer)["bits"])
 
 
-def survive(kills: int, seed: int) -> tuple[int, bool]:
-    """Run until that many kills have hit a run at work.
+@dataclass(frozen=True)
+class Survival:
+    """What has come of runs that were killed.
 
-    Returns:
-        The number of runs that have ended, and whether all of them have reached the bits of one
-        that nothing happened to.
+    Attributes:
+        kills: how many times a run at work was killed.
+        ended: runs that have got to the end.
+        equal: of these, those that have reached the bits of one that nothing happened to.
     """
+
+    kills: int
+    ended: int
+    equal: int
+
+
+def survive(kills: int, seed: int) -> Survival:
+    """Run, kill at random moments and run again, until that many kills have hit a run at work."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        expected = set(run_ranks(to_the_end, RANKS, folder))
+        expected = run_ranks(to_the_end, RANKS, folder)
     longest = time.monotonic() - start
-    chance, ended, done = random.Random(seed), [], 0
+    chance, done, ended, equal = random.Random(seed), 0, 0, 0
     while done < kills or not ended:
         with tempfile.TemporaryDirectory() as folder:
             outcomes: list[tuple[bool, str]] = []
@@ -64,12 +77,13 @@ def survive(kills: int, seed: int) -> tuple[int, bool]:
                     launched.kill(chance.randrange(RANKS))
                 outcomes = launched.outcomes()
                 done += any(not is_good for is_good, _ in outcomes)
-            ended += [bits for _, bits in outcomes]
-    return len(ended) // RANKS, set(ended) == expected
+        ended += 1
+        equal += [said for _, said in outcomes] == expected
+    return Survival(done, ended, equal)
 
 
 if __name__ == "__main__":
-    KILLS = int(sys.argv[1])
-    RUNS, ARE_EQUAL = survive(KILLS, seed=0)
-    print(f"{KILLS} kills, {RUNS} runs to the end, all bits as in a run without: {ARE_EQUAL}")
-    sys.exit(not ARE_EQUAL)
+    SURVIVAL = survive(int(sys.argv[1]), seed=0)
+    print(f"{SURVIVAL}: all as in a run without kills: {SURVIVAL.ended == SURVIVAL.equal}")
+    report.keep_outcome("kills", {"ranks": RANKS, "seed": 0, **asdict(SURVIVAL)})
+    sys.exit(SURVIVAL.ended != SURVIVAL.equal)

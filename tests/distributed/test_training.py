@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed.kills import survive
 from distributed.launch import Launched, run_ranks
-from distributed.training import STEPS, decisions, disagreements, leg, one_dies, refusals
+from distributed.training import (
+    STEPS,
+    decisions,
+    disagreements,
+    leg,
+    one_dies,
+    refusals,
+    with_registers,
+)
 from tolerances import SHARDED_RUN, assert_close
 
 # ------------------------------------------------------------------ decisions
@@ -84,10 +93,18 @@ def test_codes_and_split_masters_do_not_see_the_number_of_ranks(legs: dict[str, 
     assert legs["on 4"][2][2] == legs["on 2"][2][2] == kept
 
 
+def test_registers_in_use_go_into_a_checkpoint(tmp_path: Path) -> None:
+    for found in run_ranks(with_registers, 2, str(tmp_path)):
+        assert any(found["held"])
+        assert any("load" in used or "swap" in used for used in found["used"])
+        throughout, resumed = found["bits"]
+        assert throughout == resumed
+
+
 def test_killed_runs_end_bit_identical() -> None:
-    ended, are_equal = survive(3, seed=1)
-    assert ended >= 1
-    assert are_equal
+    survival = survive(3, seed=1)
+    assert survival.kills >= 3
+    assert survival.equal == survival.ended >= 1
 
 
 # ------------------------------------------------------------------ what can go wrong

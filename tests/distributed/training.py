@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -69,16 +70,27 @@ def train(model: torch.nn.Module, optimizer: LHOPT, first: int, last: int, share
         optimizer.zero_grad()
 
 
+def fingerprint(value: Any) -> str:
+    """The same for equal numbers and bits alone, whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return bits([whole(value)])
+    if isinstance(value, dict):
+        return repr([(key, fingerprint(held)) for key, held in value.items()])
+    if isinstance(value, list | tuple):
+        return repr([fingerprint(held) for held in value])
+    return repr(value)
+
+
 def reached(model: torch.nn.Module, optimizer: LHOPT) -> dict[str, Any]:
+    """What a run has come to; ``"bits"`` are of all that it goes on from, policy included."""
     params = [whole(p) for p in model.parameters()]
-    moments = [whole(optimizer.state[p]["exp_avg"]) for p in model.parameters()]
     decided = [dict(step.hyperparameters) for step in optimizer.history]
     losses = [step.train_loss for step in optimizer.history]
     return {
         "params": params,
         "decided": decided,
         "losses": losses,
-        "bits": bits([*params, *moments]),
+        "bits": bits(params) + fingerprint(optimizer.state_dict()),
     }
 
 
@@ -181,6 +193,29 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     train(model, optimizer, first, last, slice(8))
     save(model, optimizer, Path(ends))
     return begun, reached(model, optimizer), kept
+
+
+def with_registers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """A run whose policy uses restart registers, saved with some in use, and gone on with."""
+
+    def begun() -> tuple[torch.nn.Sequential, LHOPT]:
+        model = make_model()
+        policy = random_policy(0, registers=True)
+        return model, make_optimizer(model, policy=policy, sample=True, restart_registers=3)
+
+    model, optimizer = begun()
+    train(model, optimizer, 0, 2 * STEPS // 3, slice(8))
+    save(model, optimizer, Path(folder) / "saved")
+    held = [not math.isnan(progress) for progress in optimizer.registers.progress]
+    train(model, optimizer, 2 * STEPS // 3, STEPS, slice(8))
+    other, resumed = begun()
+    load(other, resumed, Path(folder) / "saved")
+    train(other, resumed, 2 * STEPS // 3, STEPS, slice(8))
+    return {
+        "held": held,
+        "used": [step.register for step in optimizer.history],
+        "bits": [reached(model, optimizer)["bits"], reached(other, resumed)["bits"]],
+    }
 
 
 def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:

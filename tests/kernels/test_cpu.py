@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tolerances import FUSED_FEATURES, FUSED_LOGITS, TRAJECTORY, assert_close
+from tolerances import FUSED_FEATURES, FUSED_LOGITS, TRAJECTORY, assert_close, statistics_scale
 from tolerances import STATISTICS as STATISTICS_TOLERANCE
 
 from lhopt_fused import _C
@@ -143,29 +143,6 @@ def table(layout: StepLayout) -> torch.Tensor:
     return torch.full((len(layout.params), len(STATISTICS)), torch.inf, dtype=torch.float64)
 
 
-def statistics_scale(layout: StepLayout, expected: torch.Tensor) -> torch.Tensor:
-    """The magnitude that each sum's rounding errors are relative to.
-
-    Momentum and update are differences where gradients change sign, so that their errors are
-    relative to the terms: the gradient and the old momentum, and 1 for each element of the update.
-    """
-    numel = torch.tensor([p.numel() for p in layout.params], dtype=torch.float64)
-    scale = expected.nan_to_num().abs().clone()
-    s = dict(zip(STATISTICS, scale.unbind(1), strict=True))  # views, in place below
-    m_terms = s["m_hat_sq"] + s["grad_sq"] + s["momentum_sq"]
-    u_terms = s["update_sq"] + numel
-    s["grad_dot_param"].copy_((s["grad_sq"] * s["param_sq"]).sqrt())
-    s["grad_dot_momentum"].copy_((s["grad_sq"] * m_terms).sqrt())
-    s["grad_dot_m_hat"].copy_((s["grad_sq"] * m_terms).sqrt())
-    s["grad_dot_update"].copy_((s["grad_sq"] * u_terms).sqrt())
-    s["m_hat_minus_grad_sq"].copy_(m_terms)
-    s["m_hat_sq"].copy_((s["m_hat_sq"] * m_terms).sqrt())
-    s["momentum_sq"].copy_((s["momentum_sq"] * m_terms).sqrt())
-    s["update_sq"].copy_((s["update_sq"] * u_terms).sqrt())
-    s["sum_log_abs_update"].add_(100.0 * numel)  # of numbers that may be tiny differences
-    return scale
-
-
 def check(
     layout: StepLayout,
     steps: int,
@@ -203,7 +180,7 @@ def check(
             assert_close(getattr(layout, name), y, TRAJECTORY[dtype], y.abs().clamp_min(1e-2))
         tolerance = STATISTICS_TOLERANCE[torch.float32]
         if dtype == torch.float32:
-            scales = statistics_scale(expected, defined)
+            scales = statistics_scale([p.numel() for p in expected.params], defined)
             for column, name in enumerate(STATISTICS):
                 try:
                     assert_close(
