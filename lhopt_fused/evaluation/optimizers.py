@@ -233,8 +233,8 @@ def _hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def _ciao(model: nn.Module, given: Configuration, steps: int, _: EvalLoss) -> Stepper:
-    options = {name: value for name, value in given.items() if name != "schedule"}
-    optimizer = CIAO.lhopt(model.parameters(), **options, inner_feature_frequency=0)
+    lr = float(given["lr"])
+    optimizer = CIAO.lhopt(model.parameters(), lr=lr, inner_feature_frequency=0)
     return Stepper(optimizer, steps, _schedule(given))
 
 
@@ -296,14 +296,10 @@ CONTENDERS: Final[dict[str, Contender]] = {
     "ciao": Contender(
         "CIAO, fixed schedule",
         _ciao,
-        [
-            {**found, "lamb_ignore_vectors": False}
-            for found in _grid(_CONTROL_RATES, ["constant", "linear", "cosine"])
-        ],
-        {"lr": 3e-2, "schedule": "linear", "lamb_ignore_vectors": False},
+        _grid(_CONTROL_RATES, ["constant", "linear", "cosine"]),
+        {"lr": 3e-2, "schedule": "linear"},
     ),
     "lhopt": Contender("LHOPT", _lhopt, []),
 }
-"""Every optimizer by its name. ``ciao`` is the hand control: our inner optimizer without a policy,
-with trust ratios for vectors too, as the default policy has them;
+"""Every optimizer by its name. ``ciao`` is the hand control: our inner optimizer without a policy;
 the configurations of ``lhopt`` are policies, see :func:`policy_configuration`."""

@@ -44,6 +44,10 @@ def _moving_all(config: MetaConfig) -> MetaConfig:
     return replace(config, policy=replace(config.policy, moves=HYPERPARAMETERS))
 
 
+def _trusting_vectors(config: MetaConfig) -> MetaConfig:
+    return replace(config, policy=replace(config.policy, lamb_ignore_vectors=False))
+
+
 def _from_scratch(config: MetaConfig) -> MetaConfig:
     return replace(config, cloning=replace(config.cloning, batches=0))
 
@@ -57,6 +61,7 @@ ABLATIONS: Final[Mapping[str, Callable[[MetaConfig], MetaConfig]]] = {
     "no hyperparameters": _hides("*_relative_to_start", "previous_*"),
     "progress only": _hides(*(name for name in FEATURES if name not in _ALWAYS)),
     "moves all": _moving_all,
+    "trust ratios for vectors": _trusting_vectors,
     "no memory": _without_memory,
     "no start noise": _without_noise,
     "untuned baseline": _untuned,

@@ -71,7 +71,7 @@ class PolicyConfig:
     lr_choices: tuple[float, ...] = ()
     start_lr: float | None = None
     trust: Literal["exact", "delayed"] = "exact"
-    lamb_ignore_vectors: bool = False
+    lamb_ignore_vectors: bool = True
     memory: bool = True
     hide: tuple[str, ...] = ()
 

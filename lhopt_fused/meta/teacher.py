@@ -48,10 +48,10 @@ def expected_rewards(
     Raises:
         ValueError: there are fewer than two batches.
     """
-    folds = min(_FOLDS, int(batches.unique().numel()))
+    names, place = torch.unique(batches, return_inverse=True)
+    folds = min(_FOLDS, len(names))
     if folds < 2:
         raise ValueError("tasks of one batch only: expected two at least, to leave one out")
-    _, place = batches.unique(return_inverse=True)
     left_out = place[None] % folds == torch.arange(folds)[:, None]  # [K, T]
     inputs, targets = _standardised(features), rewards.T.float()
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +60,7 @@ def expected_rewards(
         _train(networks, inputs, targets, (~left_out).repeat(_MEMBERS, 1).float())
     with torch.no_grad():
         found = networks(inputs).double().view(_MEMBERS, folds, *targets.shape).mean(0)
-    return (found * left_out[..., None]).sum(0).T
+    return torch.einsum("ktc,kt->ct", found, left_out.double())
 
 
 def teacher_weights(expected: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -119,10 +119,10 @@ def _train(
         networks.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
     )
     for _ in range(_EPOCHS):
-        for chosen in torch.randperm(len(inputs)).split(_MINIBATCH):
+        for chosen in torch.split(torch.randperm(len(inputs)), _MINIBATCH):
             errors = (networks(inputs[chosen]) - targets[chosen]).square().mean(-1)
             loss = (errors * learn_from[:, chosen]).mean(1).sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     networks.eval()

@@ -278,7 +278,8 @@ class MetaTraining:
         expected = expected_rewards(
             torch.cat(seen), torch.cat(rewards, dim=1), setting_of_task, self.config.seed
         )
-        return list(teacher_weights(expected, self.config.cloning.temperature).split(sizes))
+        weights = teacher_weights(expected, self.config.cloning.temperature)
+        return list(torch.split(weights, sizes))
 
     @property
     def start(self) -> dict[str, float]:
