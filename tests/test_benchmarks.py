@@ -52,7 +52,10 @@ def test_gate_refuses_a_wrong_learning_rate(name: str, factor: float) -> None:
         check(spoiled(BY_NAME[name], factor), SHAPES, CPU, SETTINGS)
 
 
-@pytest.mark.parametrize("name", [v.name for v in VARIANTS if v.dtype == torch.bfloat16])
+HALVES = [v.name for v in VARIANTS if v.dtype == torch.bfloat16 and "cpu" in v.devices]
+
+
+@pytest.mark.parametrize("name", HALVES)
 def test_gate_of_16_bit_parameters(name: str) -> None:
     """They are rounded in every step, so that only what is further off is seen."""
     check(BY_NAME[name], SHAPES, CPU, SETTINGS)
