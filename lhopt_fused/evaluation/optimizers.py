@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,13 +172,17 @@ def default_policy() -> str:
 def policy_configuration(policy: str) -> Configuration:
     """The configuration of LHOPT with a policy: where it is found, and what identifies it.
 
+    That is what it decides and where it starts.
+
     Raises:
         FileNotFoundError, PolicyFileError: there is no such policy.
     """
     found = load_policy(policy)
     registers = REGISTERS if found.action_space.registers else 0
     probe = LHOPT([nn.Parameter(torch.zeros(1))], 1, policy=found, restart_registers=registers)
-    fingerprint = probe.state_dict()["lhopt"]["fingerprint"]
+    start = {**found.start_options.keywords(), **found.start_hyperparameters}
+    identified = json.dumps([probe.state_dict()["lhopt"]["fingerprint"], start], sort_keys=True)
+    fingerprint = hashlib.sha256(identified.encode()).hexdigest()
     return {"policy": policy, "name": found.name, "fingerprint": fingerprint}
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from evaluation.toys import Toy
+from policy.samples import random_policy
 from tolerances import SPREAD_PART
 from torch import nn
 
@@ -22,7 +24,7 @@ from lhopt_fused.evaluation.optimizers import (
 )
 from lhopt_fused.evaluation.run import RunResult, RunSpec, run, run_task
 from lhopt_fused.evaluation.task import DataError, Scores, epochs
-from lhopt_fused.policy import builtin_policies
+from lhopt_fused.policy import StartOptions, builtin_policies, save_policy
 from lhopt_fused.schedules import GRID, SCHEDULES
 
 ADAMW: Configuration = {"lr": 1e-2, "schedule": "linear"}
@@ -230,3 +232,17 @@ def test_epochs_see_every_example_once() -> None:
         assert len(seen.unique()) == 9
     with pytest.raises(DataError, match="2 training examples, expected at least a batch, 3"):
         next(epochs(2, 3, torch.Generator()))
+
+
+def test_a_policy_that_starts_elsewhere_is_another_one(tmp_path: Path) -> None:
+    policy = random_policy(0, registers=False)
+    variants = [
+        policy,
+        replace(policy, start_hyperparameters={**policy.start_hyperparameters, "lr": 0.5}),
+        replace(policy, start_options=StartOptions(lamb_ignore_vectors=False)),
+    ]
+    found = set()
+    for variant in variants:
+        save_policy(variant, tmp_path / "policy.safetensors")
+        found.add(policy_configuration(str(tmp_path / "policy.safetensors"))["fingerprint"])
+    assert len(found) == len(variants)
