@@ -9,6 +9,7 @@ master, shows what is lost there.
 
 from __future__ import annotations
 
+import copy
 import statistics
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -64,7 +65,8 @@ def curve(way: str, seed: int, steps: int, model: GPTConfig, text: Text, lr: flo
         optimizer.step()
         if (step + 1) % every == 0:
             with torch.no_grad():
-                losses.append(float(network.loss(windows)))
+                judged = copy.deepcopy(network).float()  # bfloat16 would round the loss to 1 / 128
+                losses.append(float(judged.loss(windows)))
     return losses
 
 
