@@ -233,7 +233,7 @@ class MetaTraining:
         ]
         (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
         if own.batches:
-            rewards = [torch.from_numpy(rewards) for _, rewards in found[: own.batches]]
+            rewards = [torch.tensor(rewards) for _, rewards in found[: own.batches]]
             self._imitate(settings[: own.batches], rewards)
         self._acting = self._weights()
 
@@ -272,7 +272,7 @@ class MetaTraining:
             FirstLook(config, replace(setting, repeats=1), self._data_dir, self.start)
             for setting in settings
         ]
-        seen = [torch.from_numpy(features) for features in self._workers.start(jobs).results()]
+        seen = [torch.tensor(features) for features in self._workers.start(jobs).results()]
         sizes = [len(features) for features in seen]
         setting_of_task = torch.arange(len(seen)).repeat_interleave(torch.tensor(sizes))
         expected = expected_rewards(
