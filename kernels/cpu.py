@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from lhopt_fused import _C
-from lhopt_fused.kernels.formats import scales_shape
+from lhopt_fused.kernels.formats import CORRECTIONS, MOMENT_DTYPES, QUANTISED, scales_shape
 from lhopt_fused.kernels.gradients import DTYPE_CODES, Grads, check_same_memory_order, tabulated
 from lhopt_fused.types import (
     GRADIENT_SUMS,
@@ -27,14 +27,14 @@ from lhopt_fused.types import (
 
 __all__ = ["CpuBackend"]
 
-_MOMENT_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_MOMENT_CODES: Final = {dtype: code for code, dtype in enumerate(MOMENT_DTYPES)}
 """How the first moment says how both are kept, as csrc/kernels.h numbers it."""
 
 _STATE_DTYPES: Final = {
-    "exp_avgs": tuple(_MOMENT_CODES),
-    "exp_avg_sqs": (torch.float32, torch.bfloat16, torch.uint8),
+    "exp_avgs": tuple(MOMENT_DTYPES),
+    "exp_avg_sqs": tuple(MOMENT_DTYPES.values()),
     "master_params": (torch.float32,),
-    "master_corrections": (torch.int8, torch.int16),
+    "master_corrections": tuple(CORRECTIONS.values()),
 }
 """Columns of a layout that have the shape of their parameter."""
 
@@ -229,8 +229,8 @@ def _check_layout(layout: StepLayout) -> None:
 def _check_moments(layout: StepLayout, index: int) -> None:
     """Both moments of one tensor are kept alike, with scales where they are codes."""
     exp_avg, exp_avg_sq = layout.exp_avgs[index], layout.exp_avg_sqs[index]
-    is_coded = exp_avg.dtype == torch.int8
-    if exp_avg_sq.dtype != (torch.uint8 if is_coded else exp_avg.dtype):
+    is_coded = exp_avg.dtype == QUANTISED["exp_avg"]
+    if exp_avg_sq.dtype != MOMENT_DTYPES[exp_avg.dtype]:
         raise ValueError(
             f"exp_avgs[{index}] is {exp_avg.dtype} and exp_avg_sqs[{index}] {exp_avg_sq.dtype}; "
             "expected both float32, both bfloat16, or int8 and uint8"

@@ -22,6 +22,8 @@ from lhopt_fused.kernels.rounding import bits_of, float_of, mix
 
 __all__ = [
     "BLOCK",
+    "CORRECTIONS",
+    "MOMENT_DTYPES",
     "QUANTISED",
     "SMALLEST_QUANTISED",
     "correction_of",
@@ -44,6 +46,16 @@ SMALLEST_QUANTISED: Final = 4096
 
 QUANTISED: Final = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 """The dtype of each moment's codes, which is what tells them apart: m is signed, v is not."""
+
+MOMENT_DTYPES: Final = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    QUANTISED["exp_avg"]: QUANTISED["exp_avg_sq"],
+}
+"""Dtypes of v by those of m, of parameters that are not float64."""
+
+CORRECTIONS: Final = {"split8": torch.int8, "split16": torch.int16}
+"""Dtypes of what bfloat16 parameters lack of their masters, by how these are split."""
 
 _PLACE_STEP: Final = 37345  # times a place in its block: spreads neighbours over [0, 2^16)
 _TINY: Final = 2.0**-117  # blocks below it use fewer codes, so that 254 / scale is finite

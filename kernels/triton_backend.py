@@ -34,7 +34,7 @@ except ImportError as error:
     ) from error
 
 from lhopt_fused.kernels import triton_launch
-from lhopt_fused.kernels.formats import BLOCK
+from lhopt_fused.kernels.formats import BLOCK, CORRECTIONS, MOMENT_DTYPES
 from lhopt_fused.kernels.gradients import DTYPE_CODES, MISSING, Grads, GradTable, tabulated
 from lhopt_fused.kernels.triton_features import (
     FEATURE_COLUMNS,
@@ -44,7 +44,7 @@ from lhopt_fused.kernels.triton_features import (
     group_features_kernel,
 )
 from lhopt_fused.kernels.triton_launch import INTERPRETED, Launch
-from lhopt_fused.kernels.triton_plan import DTYPES, MOMENTS, DeviceTables, StepPlan
+from lhopt_fused.kernels.triton_plan import DTYPES, DeviceTables, StepPlan
 from lhopt_fused.kernels.triton_tables import (
     A_SIGNS,
     C_DECAY,
@@ -299,7 +299,7 @@ def check_layout(layout: StepLayout) -> None:
             )
     for index, param in enumerate(layout.params):
         m, v = layout.exp_avgs[index], layout.exp_avg_sqs[index]
-        if param.dtype not in DTYPES or (m.dtype, v.dtype) not in MOMENTS:
+        if param.dtype not in DTYPES or (m.dtype, v.dtype) not in MOMENT_DTYPES.items():
             raise ValueError(
                 "backend 'triton' steps float32, bfloat16 and float16 parameters with moments in "
                 "float32, bfloat16, or codes in int8 and uint8; parameter "
@@ -312,7 +312,7 @@ def check_layout(layout: StepLayout) -> None:
         corrections = layout.master_corrections
         correction = None if corrections is None else corrections[index]
         if correction is not None and (
-            param.dtype != torch.bfloat16 or correction.dtype not in (torch.int8, torch.int16)
+            param.dtype != torch.bfloat16 or correction.dtype not in CORRECTIONS.values()
         ):
             raise ValueError(
                 "backend 'triton' makes masters of bfloat16 parameters and corrections in int8 or "

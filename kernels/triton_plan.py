@@ -22,7 +22,7 @@ from lhopt_fused.kernels.triton_moments import moments_kernel
 from lhopt_fused.kernels.triton_prepare import prepare_kernel
 from lhopt_fused.types import Clip, Denominator, StepLayout, Trust, WeightDecay
 
-__all__ = ["DTYPES", "MOMENTS", "STATE_DTYPES", "DeviceTables", "StepPlan"]
+__all__ = ["DTYPES", "STATE_DTYPES", "DeviceTables", "StepPlan"]
 
 DTYPES: Final = {
     torch.float32: tl.float32,
@@ -32,13 +32,6 @@ DTYPES: Final = {
 
 STATE_DTYPES: Final = {**DTYPES, torch.int8: tl.int8, torch.int16: tl.int16}
 """Also those of moments, and of what lies beside weights."""
-
-MOMENTS: Final = (
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.int8, torch.uint8),
-)
-"""Dtypes of m and v together; those of m tell them apart."""
 
 _DTYPE_OF: Final = tuple(DTYPE_CODES)  # by code
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lhopt_fused.kernels.formats import (
+    CORRECTIONS,
     QUANTISED,
     correction_of,
     decode,
@@ -43,7 +44,6 @@ __all__ = [
 
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
-_CORRECTIONS: Final = {"split8": torch.int8, "split16": torch.int16}  # of split masters
 
 
 def check_storage(
@@ -58,9 +58,9 @@ def check_storage(
         raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
     if isinstance(rounding_seed, bool) or not isinstance(rounding_seed, int):
         raise ValueError(f"rounding_seed must be an integer, got {rounding_seed!r}")
-    if not isinstance(master_weights, bool) and master_weights not in _CORRECTIONS:
+    if not isinstance(master_weights, bool) and master_weights not in CORRECTIONS:
         raise ValueError(
-            f"master_weights must be True, False or one of {(*_CORRECTIONS,)}, got "
+            f"master_weights must be True, False or one of {(*CORRECTIONS,)}, got "
             f"{master_weights!r}"
         )
     if moments not in get_args(Moments):
@@ -319,7 +319,7 @@ def bind_layout(
         skipped_steps=torch.zeros(1, dtype=torch.int64, device=device),
         masks_nonfinite=masks_nonfinite,
         master_params=masters if master_weights is True else None,
-        master_corrections=masters if master_weights in _CORRECTIONS else None,
+        master_corrections=masters if master_weights in CORRECTIONS else None,
         exp_avg_scales=_column(states, "exp_avg_scale"),
         exp_avg_sq_scales=_column(states, "exp_avg_sq_scale"),
         rounding=rounding,
@@ -408,7 +408,7 @@ def _bind_master(
             master = join_master(start, correction)
         state["master_param"] = start.detach().float() if master is None else master
         return _beside(state, "master_param", param, torch.float32)
-    dtype = _CORRECTIONS[str(kind)]
+    dtype = CORRECTIONS[str(kind)]
     if correction is None or correction.dtype != dtype:
         if correction is not None:
             master = join_master(start, correction)

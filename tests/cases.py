@@ -21,6 +21,22 @@ GOLDEN = Path(__file__).parent / "golden"
 SHAPES: tuple[tuple[int, ...], ...] = ((8, 5), (5,), (3, 4, 3, 3), (1,), (), (0, 3), (33, 129))
 """Matrices, vectors, a kernel, a scalar, an empty one; none a multiple of a vector register."""
 
+START = {
+    "lr": 1e-3,
+    "ombeta1": 0.1,
+    "ombeta2": 1e-2,
+    "epsilon": 1e-6,
+    "weight_decay": 1e-2,
+    "group_clip_grad_norm": 0.8,
+    "grad_clip_ombeta": 1e-2,
+    "lamb_update_norm_ombeta": 0.05,
+    "group_clip_grad_z_score": 1.0,
+    "lamb_power": 1.0,
+    "lamb_min_trust": 1e-3,
+    "lamb_max_trust": 10.0,
+}
+"""A number for each of SCALARS: where LHOPT starts, and some for what it leaves out."""
+
 CIAO_OPTIONS: dict[str, dict[str, Any]] = {
     "lhopt": {
         "epsilon": 1e-6,

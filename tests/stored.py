@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import cases
 import torch
 from tolerances import DIFFERING_CODES, SPLIT8, STORED, TRAJECTORY, assert_close
 from tolerances import STATISTICS as STATISTICS_TOLERANCE
@@ -25,20 +26,7 @@ from lhopt_fused.types import (
 SHAPES = ((64, 128), (7,), (3, 5, 11), (0, 64), (48, 3, 64), (1001,), (33, 320))
 """Three that take blocks; the others are too small or have no whole blocks in a row."""
 
-START = {
-    "lr": 1e-2,
-    "ombeta1": 0.1,
-    "ombeta2": 1e-2,
-    "epsilon": 1e-6,
-    "weight_decay": 1e-2,
-    "group_clip_grad_norm": 0.8,
-    "grad_clip_ombeta": 1e-2,
-    "lamb_update_norm_ombeta": 0.05,
-    "group_clip_grad_z_score": 1.0,
-    "lamb_power": 1.0,
-    "lamb_min_trust": 1e-3,
-    "lamb_max_trust": 10.0,
-}
+START = {**cases.START, "lr": 1e-2}
 
 Grads = list[torch.Tensor | None]
 

@@ -30,6 +30,7 @@ from lhopt_fused.types import (
 )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+MARKS = [] if INTERPRETED else [pytest.mark.gpu]
 HYPERPARAMETERS = {
     "lr": 1e-2,
     "ombeta1": 0.1,
@@ -44,6 +45,18 @@ HYPERPARAMETERS = {
     "lamb_min_trust": 1e-3,
     "lamb_max_trust": 3.0,
 }
+
+
+def need_device() -> None:
+    """Leave the test module out where the kernels can run neither on a GPU nor interpreted."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip(
+            "needs a CUDA device, or TRITON_INTERPRET=1 (its own job: ./dev interpret)",
+            allow_module_level=True,
+        )
+    pytest.importorskip("triton")
+
+
 OPTIONS = {
     "adamw": StepOptions(),
     "adamw_warmup_maximize": StepOptions(clip=Clip.NORM, radam_warmup=True, maximize=True),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import START
 from tolerances import FUSED_FEATURES, FUSED_LOGITS, TRAJECTORY, assert_close, statistics_scale
 from tolerances import STATISTICS as STATISTICS_TOLERANCE
 
@@ -39,20 +40,6 @@ from lhopt_fused.types import (
 ISAS = _C.available_isas()
 SHAPES = ((0,), (1,), (7,), (8,), (9,), (1000,), (17, 241), (257,), ())
 LARGE = (*SHAPES, (70, 1000))
-START = {
-    "lr": 1e-3,
-    "ombeta1": 0.1,
-    "ombeta2": 1e-2,
-    "epsilon": 1e-6,
-    "weight_decay": 1e-2,
-    "group_clip_grad_norm": 0.8,
-    "grad_clip_ombeta": 1e-2,
-    "lamb_update_norm_ombeta": 0.05,
-    "group_clip_grad_z_score": 1.0,
-    "lamb_power": 1.0,
-    "lamb_min_trust": 1e-3,
-    "lamb_max_trust": 10.0,
-}
 LHOPT = StepOptions(Denominator.MAX, WeightDecay.IN_UPDATE, Clip.ROLLING_MAX, Trust.EXACT, True)
 CLIPS = itertools.cycle(Clip)
 OPTIONS = [

@@ -15,6 +15,7 @@ from cases import INTERPRETED
 from tolerances import Tolerance, assert_close
 from triton_runs import (
     DEVICE,
+    MARKS,
     OPTIONS,
     SHAPES,
     assert_same_run,
@@ -23,6 +24,7 @@ from triton_runs import (
     make_grads,
     make_layout,
     misaligned,
+    need_device,
     quiet_interpreter,  # noqa: F401 - a fixture
     run,
     spoiled,
@@ -43,14 +45,9 @@ from lhopt_fused.types import (
     Trust,
 )
 
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 (its own job: ./dev interpret)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton")
+need_device()
 
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("signs", [False, True], ids=["", "signs"])

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lhopt_fused.kernels import triton_backend, triton_plan  # noqa: E402
-from lhopt_fused.kernels.formats import BLOCK  # noqa: E402
+from lhopt_fused.kernels.formats import BLOCK, MOMENT_DTYPES  # noqa: E402
 from lhopt_fused.kernels.triton_launch import COMPILE_OPTIONS  # noqa: E402
 from lhopt_fused.types import (  # noqa: E402
     GROUP_STATE,
@@ -203,10 +203,6 @@ LAYOUTS: dict[str, Case] = {
 }
 
 
-SECOND = dict(triton_plan.MOMENTS)
-"""Dtypes of v by those of m."""
-
-
 def make_layout(name: str) -> StepLayout:
     case = LAYOUTS[name]
     options, dtype, moments = case.options, case.dtype, case.moments
@@ -228,7 +224,9 @@ def make_layout(name: str) -> StepLayout:
     return StepLayout(
         params=params,
         exp_avgs=[torch.zeros(p.shape, dtype=moments) for p in params],
-        exp_avg_sqs=[torch.zeros(p.shape, dtype=SECOND.get(moments, moments)) for p in params],
+        exp_avg_sqs=[
+            torch.zeros(p.shape, dtype=MOMENT_DTYPES.get(moments, moments)) for p in params
+        ],
         exp_avg_scales=scales,
         exp_avg_sq_scales=scales,
         grad_signs=[torch.zeros(512, dtype=torch.uint8)] * count if case.signs else None,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED
 from triton_runs import (
     DEVICE,
+    MARKS,
     OPTIONS,
     MakeGrads,
     Run,
@@ -23,6 +23,7 @@ from triton_runs import (
     make_grads,
     make_layout,
     misaligned,
+    need_device,
     quiet_interpreter,  # noqa: F401 - a fixture
     run,
     spoiled,
@@ -41,18 +42,13 @@ from lhopt_fused.types import (
     StepOptions,
 )
 
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip(
-        "needs a CUDA device, or TRITON_INTERPRET=1 (its own job: ./dev interpret)",
-        allow_module_level=True,
-    )
-pytest.importorskip("triton")
+need_device()
 
-from triton_kernels import keep_master, keep_moments, read_master
+from triton_kernels import keep_master, keep_moments, read_master  # noqa: E402
 
-from lhopt_fused.kernels.triton_launch import Launch
+from lhopt_fused.kernels.triton_launch import Launch  # noqa: E402
 
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = MARKS
 
 SHAPES = ((6, 64), (7,), (3, 128))
 """Two matrices of whole blocks, and a vector, which keeps float32 beside 8 bits."""
