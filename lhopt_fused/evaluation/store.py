@@ -85,6 +85,7 @@ class Store:
     def _is_one(self) -> bool:
         """Whether there is a store; False where there is nothing yet."""
         with self._opened() as connection:
+            connection.execute("BEGIN")  # both are of one moment: another process may make it now
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             known = _tables(connection)
         if version != FORMAT and (version or known):

@@ -112,6 +112,13 @@ def test_many_write_at_once(path: Path) -> None:
     assert sorted(row.spec.seed for row in Store(path).rows()) == list(range(10))
 
 
+def test_many_make_one_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(20):
+            path = tmp_path / str(attempt) / "runs.sqlite"
+            assert [store.rows() for store in pool.map(Store, [path] * 8)] == [[]] * 8
+
+
 def test_stores_are_merged(tmp_path: Path) -> None:
     mine = Store(tmp_path / "mine")
     for seed in (0, 1):
