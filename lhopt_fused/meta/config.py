@@ -130,7 +130,8 @@ class CloningConfig:
     Attributes:
         settings: batches of tasks to try all of them on; the best on average is the hand control.
         batches: how many of these to learn from, 2 at least; 0 for a start from scratch.
-        temperature: difference in expected reward by which the weight of a schedule falls to 1/e;
+        win_weight: what a win over the hand control adds to a reward, in the teachers' eyes.
+        temperature: difference in what is expected by which the weight of a schedule falls to 1/e;
             the teacher's log learning rate on a task is the weighted mean over schedules.
         steps: of gradient descent on them.
         learning_rate: of Adam.
@@ -140,6 +141,7 @@ class CloningConfig:
 
     settings: int = 16
     batches: int = 16
+    win_weight: float = 2.0
     temperature: float = 0.05
     steps: int = 600
     learning_rate: float = 1e-3
@@ -148,7 +150,7 @@ class CloningConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "settings", "steps")
-        _check_at_least(self, 0, "batches", "wander")
+        _check_at_least(self, 0, "batches", "win_weight", "wander")
         if not 0 <= self.exploration < 1:
             raise ValueError(f"exploration is {self.exploration}, expected 0 to below 1")
         _check_above_zero(self, "learning_rate", "temperature")

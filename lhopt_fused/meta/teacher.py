@@ -2,8 +2,10 @@
 sees.
 
 The best schedule of a task in hindsight owes much to chance, which nobody can learn. A teacher goes
-by what can be expected instead: networks predict the reward of every schedule from the policy
-features after the first outer step, each task's by networks that never saw its batch.
+by what can be expected instead: networks predict what every schedule is worth from the policy
+features after the first outer step, each task's by networks that never saw its batch. Its worth is
+its reward, and something for ending below the hand control: the mean of rewards says little about
+how often one does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-__all__ = ["expected_rewards", "teacher_weights"]
+__all__ = ["expected_worth", "teacher_weights"]
 
 _FOLDS: Final = 10
 _MEMBERS: Final = 3
@@ -28,8 +30,8 @@ _WEIGHT_DECAY: Final = 0.1
 _LARGEST_INPUT: Final = 5.0  # standard deviations
 
 
-def expected_rewards(
-    features: torch.Tensor, rewards: torch.Tensor, batches: torch.Tensor, seed: int = 0
+def expected_worth(
+    features: torch.Tensor, worth: torch.Tensor, batches: torch.Tensor, seed: int = 0
 ) -> torch.Tensor:
     """What each schedule promises on each task, by networks that learn from the other tasks.
 
@@ -38,7 +40,7 @@ def expected_rewards(
 
     Args:
         features: ``[T, F]``, what a policy sees of each task.
-        rewards: ``[C, T]``, of each schedule.
+        worth: ``[C, T]``, of each schedule.
         batches: int64 ``[T]``, which batch of tasks a task is of; tasks of one are alike.
         seed: of the networks.
 
@@ -53,10 +55,10 @@ def expected_rewards(
     if folds < 2:
         raise ValueError("tasks of one batch only: expected two at least, to leave one out")
     left_out = place[None] % folds == torch.arange(folds)[:, None]  # [K, T]
-    inputs, targets = _standardised(features), rewards.T.float()
+    inputs, targets = _standardised(features), worth.T.float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        networks = _Networks(folds * _MEMBERS, inputs.shape[1], len(rewards))
+        networks = _Networks(folds * _MEMBERS, inputs.shape[1], len(worth))
         _train(networks, inputs, targets, (~left_out).repeat(_MEMBERS, 1).float())
     with torch.no_grad():
         found = networks(inputs).double().view(_MEMBERS, folds, *targets.shape).mean(0)
@@ -67,8 +69,8 @@ def teacher_weights(expected: torch.Tensor, temperature: float) -> torch.Tensor:
     """How much the teacher of each task makes of each schedule: the softmax of what it promises.
 
     Args:
-        expected: ``[C, T]``, as of :func:`expected_rewards`.
-        temperature: difference in reward by which a weight falls to 1/e.
+        expected: ``[C, T]``, as of :func:`expected_worth`.
+        temperature: difference in worth by which a weight falls to 1/e.
 
     Returns:
         float64 ``[T, C]``, each row of sum 1.

@@ -28,8 +28,8 @@ from lhopt_fused.meta.jobs import (
 from lhopt_fused.meta.learner import Learner, clone_behaviour
 from lhopt_fused.meta.ppo import Episodes
 from lhopt_fused.meta.setting import Setting
-from lhopt_fused.meta.teacher import expected_rewards, teacher_weights
-from lhopt_fused.meta.validation import Report, Validation
+from lhopt_fused.meta.teacher import expected_worth, teacher_weights
+from lhopt_fused.meta.validation import Report, Validation, wins
 from lhopt_fused.meta.workers import Pending, Workers
 from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
 
@@ -233,19 +233,23 @@ class MetaTraining:
         ]
         (self.folder / "controls.json").write_text(json.dumps(table, indent=1))
         if own.batches:
-            rewards = [torch.tensor(rewards) for _, rewards in found[: own.batches]]
-            self._imitate(settings[: own.batches], rewards)
+            of_control = control_grid().index(control)
+            worth = [
+                torch.tensor(rewards + own.win_weight * wins(losses, losses[of_control]))
+                for losses, rewards in found[: own.batches]
+            ]
+            self._imitate(settings[: own.batches], worth)
         self._acting = self._weights()
 
-    def _imitate(self, settings: list[Setting], rewards: list[torch.Tensor]) -> None:
+    def _imitate(self, settings: list[Setting], worth: list[torch.Tensor]) -> None:
         """Imitate what can be expected to be best on each task of some settings.
 
         Args:
             settings: of the tasks.
-            rewards: of each possible hand control on the tasks of each setting, ``[C, T]``.
+            worth: of each possible hand control on the tasks of each setting, ``[C, T]``.
         """
         own = self.config.cloning
-        teachers = self._teachers(settings, rewards)
+        teachers = self._teachers(settings, worth)
         jobs = [
             Demonstrate(self.config, setting, self._data_dir, self.start, weights.numpy())
             for setting, weights in zip(settings, teachers, strict=True)
@@ -265,7 +269,7 @@ class MetaTraining:
         (self.folder / "imitation.json").write_text(json.dumps(curve))
         self._learner.start_from_network()
 
-    def _teachers(self, settings: list[Setting], rewards: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _teachers(self, settings: list[Setting], worth: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the teachers of each setting's tasks make of each schedule, ``[T, C]``."""
         config = replace(self.config, tasks=replace(self.config.tasks, hidden_eval=0.0))
         jobs = [
@@ -275,8 +279,8 @@ class MetaTraining:
         seen = [torch.tensor(features) for features in self._workers.start(jobs).results()]
         sizes = [len(features) for features in seen]
         setting_of_task = torch.arange(len(seen)).repeat_interleave(torch.tensor(sizes))
-        expected = expected_rewards(
-            torch.cat(seen), torch.cat(rewards, dim=1), setting_of_task, self.config.seed
+        expected = expected_worth(
+            torch.cat(seen), torch.cat(worth, dim=1), setting_of_task, self.config.seed
         )
         weights = teacher_weights(expected, self.config.cloning.temperature)
         return list(torch.split(weights, sizes))

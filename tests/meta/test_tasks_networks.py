@@ -150,6 +150,25 @@ def test_transformer(norm_first: bool) -> None:
     check(network, symbols(32, RUNS, 4, 6), plain)
 
 
+def test_a_transformer_that_starts_as_gpt2_does() -> None:
+    network = Transformer(6, 8, 2, 2, 12, "relu", True, small_start=True)
+    assert "head.weight" not in network.parameters
+
+    def plain(params: Params, inputs: torch.Tensor) -> torch.Tensor:
+        untied = Transformer(6, 8, 2, 2, 12, "relu", True)
+        head = {"head.weight": params["symbols"].T, "head.bias": torch.zeros(32)}
+        stacked = {name: value[None] for name, value in {**params, **head}.items()}
+        return untied.forward(stacked, inputs[None], None)[0]
+
+    check(network, symbols(32, RUNS, 4, 6), plain)
+    start = draw_parameters(network.parameters, torch.arange(64), torch.ones(64))
+    for name, value in start.items():
+        if name.endswith(("scale", "shift", "bias")):
+            continue
+        adds_up = name.endswith(("mix.weight", "fall.weight"))
+        assert value.std().item() == pytest.approx(0.02 / (2 if adds_up else 1), rel=0.03)
+
+
 def torch_layer(params: Params, index: int) -> Params:
     """The parameters of one layer, as torch's encoder layer names and lays them out."""
     state = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import TEACHER, assert_close
 
-from lhopt_fused.meta.teacher import expected_rewards, teacher_weights
+from lhopt_fused.meta.teacher import expected_worth, teacher_weights
 
 BATCHES = torch.arange(60).repeat_interleave(4)
 SCHEDULES = 3
@@ -29,7 +29,7 @@ def gained(chosen: torch.Tensor, promised: torch.Tensor) -> float:
 def test_what_is_expected_is_better_than_hindsight_and_than_any_one_schedule():
     features, promised, rewards = tasks()
     most = gained(promised.argmax(0), promised)
-    expected = expected_rewards(features, rewards, BATCHES)
+    expected = expected_worth(features, rewards, BATCHES)
     assert expected.dtype == torch.float64
     assert expected.shape == promised.shape
     gain = gained(expected.argmax(0), promised)
@@ -41,18 +41,18 @@ def test_what_is_expected_is_better_than_hindsight_and_than_any_one_schedule():
 def test_from_features_that_say_nothing_nothing_is_learned():
     features, promised, rewards = tasks()
     other = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(1))]
-    expected = expected_rewards(other, rewards, BATCHES)
+    expected = expected_worth(other, rewards, BATCHES)
     most = gained(promised.argmax(0), promised)
     assert gained(expected.argmax(0), promised) < 0.4 * most
 
 
 def test_no_task_teaches_itself():
     features, _, rewards = tasks()
-    expected = expected_rewards(features, rewards, BATCHES)
+    expected = expected_worth(features, rewards, BATCHES)
     first = BATCHES == 0
     changed = rewards.clone()
     changed[:, first] += 3.0
-    again = expected_rewards(features, changed, BATCHES)
+    again = expected_worth(features, changed, BATCHES)
     assert torch.equal(again[:, first], expected[:, first])
     assert not torch.equal(again[:, BATCHES == 1], expected[:, BATCHES == 1])
 
@@ -62,22 +62,22 @@ def test_the_seed_decides_and_no_random_number_is_used_up():
     torch.manual_seed(5)
     following = torch.rand(3)
     torch.manual_seed(5)
-    one = expected_rewards(features, rewards, BATCHES, seed=1)
+    one = expected_worth(features, rewards, BATCHES, seed=1)
     assert torch.equal(torch.rand(3), following)
-    assert torch.equal(one, expected_rewards(features, rewards, BATCHES, seed=1))
-    assert not torch.equal(one, expected_rewards(features, rewards, BATCHES, seed=2))
+    assert torch.equal(one, expected_worth(features, rewards, BATCHES, seed=1))
+    assert not torch.equal(one, expected_worth(features, rewards, BATCHES, seed=2))
 
 
 def test_tasks_of_one_batch_cannot_teach_one_another():
     features, _, rewards = tasks()
     with pytest.raises(ValueError, match="tasks of one batch only: expected two at least"):
-        expected_rewards(features, rewards, torch.zeros_like(BATCHES))
+        expected_worth(features, rewards, torch.zeros_like(BATCHES))
 
 
 def test_a_feature_that_never_varies_is_of_no_account():
     features, _, rewards = tasks()
     features[:, 1] = 7.0
-    assert expected_rewards(features, rewards, BATCHES).isfinite().all()
+    assert expected_worth(features, rewards, BATCHES).isfinite().all()
 
 
 def test_weights_are_a_softmax_of_what_is_expected():

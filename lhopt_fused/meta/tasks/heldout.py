@@ -77,7 +77,8 @@ class MnistCNNFamily(TaskFamily):
 
 class WideTransformerFamily(TaskFamily):
     """Next characters with causal transformers of 4 layers, 48 wide, with four heads and a context
-    of 12: wider and deeper than trained, with four windows in a minibatch.
+    of 12: deeper than trained, and wider than trained at that depth, with four windows in a
+    minibatch.
 
     The text is the user's ``data_dir/text/*.txt``, else the Debian package ``anarchism`` where that
     is installed, else modules of the standard library that no training family reads.

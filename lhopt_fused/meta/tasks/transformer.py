@@ -38,6 +38,8 @@ from lhopt_fused.meta.tasks.text import SYMBOLS, training_text, user_text
 __all__ = ["LanguageTasks", "Transformer", "TransformerFamily"]
 
 _HELD_OUT = 16  # windows in each held-out split
+_WINDOW_PRODUCTS = 2e5  # in the forward pass over one window, of drawn networks
+_SMALL_FAN_IN = 2_500  # for a standard deviation of 0.02
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Transformer(Network):
         hidden: width of the middle of the MLP.
         activation: of the MLP, a key of :data:`ACTIVATIONS`.
         norm_first: whether layer norms stand before attention and MLP, or after adding them.
+        small_start: whether weights start as GPT-2's do, a standard deviation of 0.02, less where
+            layers add up in the residual stream, with one matrix for embeddings and outputs; else
+            as their inputs are many.
     """
 
     context: int
@@ -61,6 +66,7 @@ class Transformer(Network):
     hidden: int
     activation: str
     norm_first: bool
+    small_start: bool = False
 
     @property
     def products(self) -> int:
@@ -72,17 +78,30 @@ class Transformer(Network):
     def parameters(self) -> dict[str, Parameter]:
         """Embeddings, then attention, MLP and norms of each layer, then norm and linear layer."""
         width = self.width
+        # else a standard deviation of one half for the sum of both
+        embedded = _SMALL_FAN_IN if self.small_start else 8
         found = {
-            # a standard deviation of one half for the sum of both
-            "symbols": Parameter((SYMBOLS, width), fan_in=8),
-            "positions": Parameter((self.context, width), fan_in=8),
+            "symbols": Parameter((SYMBOLS, width), fan_in=embedded),
+            "positions": Parameter((self.context, width), fan_in=embedded),
         }
         for index in range(self.depth):
-            found |= _linear(f"{index}.attend", width, 3 * width) | _norm(f"{index}.attend", width)
-            found |= _linear(f"{index}.mix", width, width)
-            found |= _linear(f"{index}.rise", width, self.hidden) | _norm(f"{index}.rise", width)
-            found |= _linear(f"{index}.fall", self.hidden, width)
-        return found | _norm("head", width) | _linear("head", width, SYMBOLS)
+            found |= self._linear(f"{index}.attend", width, 3 * width)
+            found |= _norm(f"{index}.attend", width)
+            found |= self._linear(f"{index}.mix", width, width, adds_up=True)
+            found |= self._linear(f"{index}.rise", width, self.hidden)
+            found |= _norm(f"{index}.rise", width)
+            found |= self._linear(f"{index}.fall", self.hidden, width, adds_up=True)
+        found |= _norm("head", width)
+        return found if self.small_start else found | self._linear("head", width, SYMBOLS)
+
+    def _linear(
+        self, name: str, inputs: int, outputs: int, adds_up: bool = False
+    ) -> dict[str, Parameter]:
+        fan_in = inputs
+        if self.small_start:
+            fan_in = _SMALL_FAN_IN * (2 * self.depth if adds_up else 1)
+        weight = Parameter((inputs, outputs), fan_in=fan_in)
+        return {f"{name}.weight": weight, f"{name}.bias": Parameter((outputs,))}
 
     def forward(
         self, params: Mapping[str, torch.Tensor], inputs: torch.Tensor, dropout: Dropout | None
@@ -94,7 +113,10 @@ class Transformer(Network):
         for index in range(self.depth):
             stream = self._add(params, f"{index}.attend", stream, (batch, length), dropout)
             stream = self._add(params, f"{index}.rise", stream, (batch, length), dropout)
-        return linear(params, "head", layer_norm(params, "head", stream))
+        stream = layer_norm(params, "head", stream)
+        if self.small_start:
+            return stream @ params["symbols"].transpose(1, 2)
+        return linear(params, "head", stream)
 
     def _add(
         self,
@@ -134,11 +156,6 @@ class Transformer(Network):
             "log_length": math.log(self.context),
             "depth": float(self.depth),
         }
-
-
-def _linear(name: str, inputs: int, outputs: int) -> dict[str, Parameter]:
-    weight = Parameter((inputs, outputs), fan_in=inputs)
-    return {f"{name}.weight": weight, f"{name}.bias": Parameter((outputs,))}
 
 
 def _norm(name: str, width: int) -> dict[str, Parameter]:
@@ -222,17 +239,18 @@ def _joined(kind: str, device: torch.device) -> torch.Tensor:
 
 
 def random_transformer(generator: random.Random) -> Transformer:
-    """One to three layers, 16 to 40 wide, narrower the deeper; a context of 8 to 32."""
+    """One to three layers, 16 to 64 wide, narrower the deeper; a context of 8 to 48."""
     depth = generator.choice((1, 1, 2, 3))
-    width = 8 * generator.randint(2, {1: 5, 2: 3, 3: 2}[depth])
+    width = 8 * generator.randint(2, {1: 8, 2: 5, 3: 4}[depth])
     hidden = width * generator.choice((2, 2, 4))
-    heads = generator.choice((1, 1, 2))
+    heads = generator.choice((1, 1, 2, 4))
     activation = generator.choice(("relu", "gelu", "silu"))
-    norm_first = generator.random() < 0.75
+    small_start = generator.random() < 0.5
+    norm_first = small_start or generator.random() < 0.75
     # four windows of it stay affordable
     a_symbol = depth * width * (4 * width + 2 * hidden) + width * SYMBOLS
-    context = max(8, min(generator.randint(8, 32), int(7e4 / a_symbol)))
-    return Transformer(context, width, depth, heads, hidden, activation, norm_first)
+    context = max(8, min(generator.randint(8, 48), int(_WINDOW_PRODUCTS / a_symbol)))
+    return Transformer(context, width, depth, heads, hidden, activation, norm_first, small_start)
 
 
 class TransformerFamily(TaskFamily):
@@ -257,5 +275,5 @@ class TransformerFamily(TaskFamily):
         if self.data_dir is not None and (self.data_dir / "text").is_dir():
             own = user_text(self.data_dir / "text", "*.txt").to(seeds.device)
             text = generator.choice((text, own))
-        batch_size = affordable_batch(generator, network.products, 4, 16, budget=1.5e5)
+        batch_size = affordable_batch(generator, network.products, 4, 16, budget=4e5)
         return LanguageTasks(self.name, seeds, network, text, batch_size, conditions)
