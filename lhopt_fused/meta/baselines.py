@@ -10,7 +10,7 @@ import torch
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.meta.inner import InnerRuns, Settings, adamw_settings
 from lhopt_fused.meta.reward import sample_points
-from lhopt_fused.meta.tasks import TaskBatch
+from lhopt_fused.meta.tasks import Split, TaskBatch
 from lhopt_fused.schedules import DEFAULT_OF_GRID, GRID, SCHEDULES, Schedule
 
 __all__ = [
@@ -100,8 +100,9 @@ def final_losses(
     schedules: Sequence[Schedule],
     total_steps: int,
     backend: BackendName = "auto",
+    split: Split = "report",
 ) -> torch.Tensor:
-    """Report losses at the end of runs under fixed schedules, all in one batch.
+    """Held-out losses at the end of runs under fixed schedules, all in one batch.
 
     Args:
         tasks: R of them.
@@ -109,6 +110,7 @@ def final_losses(
         schedules: of the learning rate, one for each of the settings.
         total_steps: inner steps of each run.
         backend: of the inner steps.
+        split: of the held-out data.
 
     Returns:
         float64 ``[S, R]``.
@@ -122,7 +124,7 @@ def final_losses(
         shares = [schedule(step / total_steps) for schedule in schedules]
         factors = peaks.new_tensor(shares).repeat_interleave(tasks.runs)
         runs.advance(1, (peaks * factors)[None])
-    return runs.loss("report").view(count, tasks.runs)
+    return runs.loss(split).view(count, tasks.runs)
 
 
 def adamw_grid() -> tuple[list[Settings], list[Schedule]]:

@@ -119,7 +119,7 @@ class TrainingView:
             "reward on\nnew tasks",
             "hand\ncontrol's",
             "ends below\ndefault",
-            "best of\n35 AdamW",
+            "tuned\nAdamW",
             "hand\ncontrol",
         ):
             table.add_column(title, justify="right", vertical="bottom")
@@ -132,7 +132,7 @@ class TrainingView:
                     f"{report.reward:+.2f}",
                     f"{report.control_reward:+.2f}",
                     f"{report.beats_default:.0%}",
-                    f"{report.beats_grid:.0%}",
+                    f"{report.beats_tuned:.0%}",
                     f"{report.beats_control:.0%}",
                 )
         return table

@@ -26,7 +26,7 @@ Row = Mapping[str, float]
 
 _WINS: Final = {
     "validation_beats_default": ("AdamW at 1e-3, constant", "#999999"),
-    "validation_beats_grid": ("the best of 35 AdamW", "#d55e00"),
+    "validation_beats_tuned": ("tuned AdamW", "#d55e00"),
     "validation_beats_control": ("the hand control", "#0072b2"),
 }
 _COLORS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4ba0")

@@ -191,12 +191,15 @@ class References(NamedTuple):
     Attributes:
         default: AdamW at 1e-3, ``[R]``.
         grid: AdamW in each of its 35 configurations, ``[35, R]``.
+        tuned: that configuration of them which another run of the task, from another random start,
+            ended lowest with on the data that policies are shown, ``[R]``.
         control: the hand control, ``[R]``.
         curve_steps, curve_losses: the baseline of the reward.
     """
 
     default: NDArray[np.float64]
     grid: NDArray[np.float64]
+    tuned: NDArray[np.float64]
     control: NDArray[np.float64]
     curve_steps: NDArray[np.float64]
     curve_losses: NDArray[np.float64]
@@ -220,11 +223,14 @@ class FindReferences(Job):
         steps = self.setting.total_steps
         settings, schedules = adamw_grid()
         grid = final_losses(tasks, settings, schedules, steps)
+        trial = final_losses(tasks.again(1), settings, schedules, steps, split="eval")
+        chosen = trial.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
+        tuned = grid.gather(0, chosen)[0]
         own = self.config.policy.settings({**self.start, "lr": self.control.lr})
         control = final_losses(tasks, [own], [CONTROL_SCHEDULES[self.control.schedule]], steps)[0]
         default = grid[DEFAULT_OF_GRID]
         found = curves(tasks, steps, self.config.baseline)
-        arrays = (default, grid, control, found.steps, found.losses)
+        arrays = (default, grid, tuned, control, found.steps, found.losses)
         return References(*(array.cpu().numpy() for array in arrays))
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from meta.runs import Inline, small
 
+from lhopt_fused.meta.baselines import adamw_grid, final_losses
 from lhopt_fused.meta.config import START_HYPERPARAMETERS
 from lhopt_fused.meta.control import HandControl
+from lhopt_fused.meta.episode import sample_tasks
 from lhopt_fused.meta.jobs import make_network, pack
 from lhopt_fused.meta.validation import Validation, wins
 
@@ -50,17 +52,28 @@ def test_the_hand_control_ties_with_itself(found):
 
 def test_who_loses_everywhere_wins_nothing(found):
     lost = found.compare([np.full(setting.runs, np.nan) for setting in SETTINGS])
-    assert (lost.reward, lost.beats_default, lost.beats_grid, lost.beats_control) == (-3, 0, 0, 0)
+    assert (lost.reward, lost.beats_default, lost.beats_tuned, lost.beats_control) == (-3, 0, 0, 0)
     won = found.compare([np.zeros(setting.runs) - 1e9 for setting in SETTINGS])
-    assert (won.reward, won.beats_default, won.beats_grid, won.beats_control) == (3, 1, 1, 1)
+    assert (won.reward, won.beats_default, won.beats_tuned, won.beats_control) == (3, 1, 1, 1)
 
 
 def test_the_default_ties_with_itself_and_the_best_of_the_grid_is_best(found):
     report = found.compare([other.default for other in found.references])
     assert report.beats_default == 0.5
-    best = found.compare([other.grid.min(0) for other in found.references])
-    assert best.beats_grid == 0.5
-    assert best.beats_default >= 0.5
+    tuned = found.compare([other.tuned for other in found.references])
+    assert tuned.beats_tuned == 0.5
+    hindsight = found.compare([other.grid.min(0) for other in found.references])
+    assert hindsight.beats_tuned >= 0.5
+    assert hindsight.beats_default >= 0.5
+
+
+def test_adamw_is_tuned_on_another_run_and_another_split(found):
+    settings, schedules = adamw_grid()
+    for setting, other in zip(SETTINGS, found.references, strict=True):
+        tasks = sample_tasks(setting, "cpu", None).again(1)
+        trial = final_losses(tasks, settings, schedules, setting.total_steps, split="eval")
+        chosen = trial.argmin(0)
+        assert other.tuned.tolist() == other.grid[chosen, np.arange(setting.runs)].tolist()
 
 
 def test_references_are_found_once_and_kept(tmp_path):

@@ -99,6 +99,15 @@ class TaskBatch(ABC):
     def select(self, index: torch.Tensor) -> TaskBatch:
         """Tasks by index, int64 ``[S]``, which may repeat: for several settings on one task."""
 
+    @abstractmethod
+    def again(self, number: int) -> TaskBatch:
+        """The same tasks, data and all, begun anew: with other minibatches, dropout and random
+        weights.
+
+        Args:
+            number: 1 or more; each begins in another way.
+        """
+
     def describe(self) -> torch.Tensor:
         """Numbers that only a critic sees, float32 ``[R, PRIVILEGED]``, see
         :data:`PRIVILEGED_NAMES`."""

@@ -29,6 +29,8 @@ __all__ = [
 CHUNK: Final = 64
 """Steps whose random numbers are drawn together."""
 
+_AGAIN: Final = -(2**32)  # far from the keys of draws and steps
+
 
 def architecture_random(name: str, seed: int) -> random.Random:
     """The generator of what all tasks of a batch share, keyed by the family and the seed."""
@@ -123,6 +125,13 @@ class SeededTasks(TaskBatch):
         chosen.table = {name: rows[index] for name, rows in self.table.items()}
         chosen._chunk = -1
         return chosen
+
+    def again(self, number: int) -> SeededTasks:
+        """The same tasks with other seeds."""
+        other = copy.copy(self)
+        other.seeds = (uniform_numbers(self.seeds, _AGAIN - number, 1)[:, 0] * 2.0**53).long()
+        other._chunk = -1
+        return other
 
     def drawn(self, step: int) -> torch.Tensor:
         """The random numbers of minibatch number ``step``, ``[R, ...]``."""
