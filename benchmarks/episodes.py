@@ -19,12 +19,14 @@ from rich.console import Console
 
 from benchmarks import machine, report
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig
+from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.jobs import Collect, make_critic, make_network, pack
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.workers import LocalWorkers
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, DECISIONS = 300, 20
+_CONTROL = HandControl(0.03, "linear")
 
 
 def main(
@@ -44,7 +46,10 @@ def main(
             Setting(family, first + index, tasks, repeats, STEPS, DECISIONS + 1)
             for index in range(batches)
         ]
-        return [Collect(config, s, None, START_HYPERPARAMETERS, *networks, 0) for s in settings]
+        return [
+            Collect(config, s, None, START_HYPERPARAMETERS, _CONTROL, *networks, 0)
+            for s in settings
+        ]
 
     with LocalWorkers(workers) as pool:
         pool.start(jobs(10**6)[:workers]).results()  # imports, data sets, first calls

@@ -130,7 +130,6 @@ class CloningConfig:
     Attributes:
         settings: batches of tasks to try all of them on; the best on average is the hand control.
         batches: how many of these to learn from, 2 at least; 0 for a start from scratch.
-        win_weight: what a win over the hand control adds to a reward, in the teachers' eyes.
         temperature: difference in what is expected by which the weight of a schedule falls to 1/e;
             the teacher's log learning rate on a task is the weighted mean over schedules.
         steps: of gradient descent on them.
@@ -141,7 +140,6 @@ class CloningConfig:
 
     settings: int = 16
     batches: int = 16
-    win_weight: float = 2.0
     temperature: float = 0.05
     steps: int = 600
     learning_rate: float = 1e-3
@@ -150,7 +148,7 @@ class CloningConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "settings", "steps")
-        _check_at_least(self, 0, "batches", "win_weight", "wander")
+        _check_at_least(self, 0, "batches", "wander")
         if not 0 <= self.exploration < 1:
             raise ValueError(f"exploration is {self.exploration}, expected 0 to below 1")
         _check_above_zero(self, "learning_rate", "temperature")
@@ -213,6 +211,8 @@ class MetaConfig:
         workers: processes that collect them.
         checkpoint_minutes: between checkpoints.
         baseline: what the reward compares with.
+        win_weight: what ending below the hand control adds to the reward. The mean of log speed-ups
+            is made by the few tasks on which they are large; this counts every task alike.
         device: where inner runs and gradient steps are: cpu, cuda, or cuda:N.
 
     Raises:
@@ -227,6 +227,7 @@ class MetaConfig:
     workers: int = 2
     checkpoint_minutes: float = 3.0
     baseline: Baseline = "tuned"
+    win_weight: float = 2.0
     device: str = "cpu"
     tasks: TaskDistribution = field(default_factory=TaskDistribution)
     noise: StartNoise = field(default_factory=StartNoise)
@@ -242,6 +243,7 @@ class MetaConfig:
                 "file is called so"
             )
         _check_at_least(self, 1, "updates", "batches", "workers")
+        _check_at_least(self, 0, "win_weight")
         _check_above_zero(self, "minutes", "checkpoint_minutes")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}, expected 0 to 2**31 - 1")

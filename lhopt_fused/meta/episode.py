@@ -12,16 +12,16 @@ import torch
 from lhopt_fused.actions import DEFAULT_ACTION_SPACE, ActionSpace, apply_shifts
 from lhopt_fused.ciao import LHOPT_START
 from lhopt_fused.kernels import BackendName
-from lhopt_fused.meta.baselines import Baseline, curves
+from lhopt_fused.meta.baselines import Baseline, Schedule, curves, final_losses
 from lhopt_fused.meta.inner import InnerRuns, Settings
-from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward
+from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward, wins
 from lhopt_fused.meta.setting import Setting, StartNoise, outer_boundaries
 from lhopt_fused.meta.tasks import FAMILIES, HELDOUT, PRIVILEGED, TaskBatch
 from lhopt_fused.policy import FEATURES, FeatureState, Observation
 from lhopt_fused.policy.features import policy_features
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["PRIVILEGED_INPUTS", "EpisodeBatch", "Seen", "sample_tasks"]
+__all__ = ["PRIVILEGED_INPUTS", "EpisodeBatch", "Rival", "Seen", "sample_tasks"]
 
 _FREQUENCY: Final[int] = LHOPT_START["inner_feature_frequency"]
 _OWN_INPUTS: Final = 5
@@ -37,6 +37,19 @@ class Seen(NamedTuple):
 
     features: torch.Tensor
     privileged: torch.Tensor
+
+
+class Rival(NamedTuple):
+    """What episodes are to end below.
+
+    Attributes:
+        settings, schedule: of the inner optimizer and of its learning rate.
+        worth: what it adds to the reward.
+    """
+
+    settings: Settings
+    schedule: Schedule
+    worth: float
 
 
 def sample_tasks(setting: Setting, device: torch.device | str, data_dir: Path | None) -> TaskBatch:
@@ -57,6 +70,7 @@ class EpisodeBatch:
         noise: of the start; None for none.
         hidden_eval: share of the runs that show no eval loss.
         baseline: what the reward compares with; None where no reward is asked for.
+        rival: what it is worth more to beat, if anything.
         backend: of the inner steps.
         device: where the runs are.
         data_dir: for families that read files.
@@ -79,6 +93,7 @@ class EpisodeBatch:
         noise: StartNoise | None = None,
         hidden_eval: float = 0.0,
         baseline: Baseline | None = None,
+        rival: Rival | None = None,
         backend: BackendName = "auto",
         device: torch.device | str = "cpu",
         data_dir: Path | None = None,
@@ -96,6 +111,12 @@ class EpisodeBatch:
             losses = losses[task_of_run]
             self._curve = fit_power_curve(losses[:, 0], steps[1:], losses[:, 1:])
             self._scale = _loss_scale(losses)
+        self._bonus: tuple[torch.Tensor, float] | None = None
+        if rival is not None:
+            found = final_losses(
+                distinct, [rival.settings], [rival.schedule], setting.total_steps, backend
+            )
+            self._bonus = found[0, task_of_run], rival.worth
         tasks = distinct.select(task_of_run)
         self.inner = InnerRuns(tasks, start, backend=backend, feature_frequency=_FREQUENCY)
         rng = np.random.default_rng([setting.seed, 1])
@@ -153,12 +174,19 @@ class EpisodeBatch:
     def rewards(self) -> torch.Tensor:
         """Log speed-up over the baseline at the end of each episode, float64 ``[R]``, within 3.
 
+        For an episode that ends below its rival, what that is worth comes on top.
+
         Raises:
             RuntimeError: the episodes are not over, or were begun without a baseline.
         """
         if not self.done or self._curve is None:
             raise RuntimeError("rewards need episodes that are over, begun with a baseline")
-        return speedup_reward(self._curve, self.inner.loss("report"), self.setting.total_steps)
+        losses = self.inner.loss("report")
+        reward = speedup_reward(self._curve, losses, self.setting.total_steps)
+        if self._bonus is not None:
+            rival_losses, worth = self._bonus
+            reward += worth * wins(losses, rival_losses)
+        return reward
 
     def _privileged(self) -> torch.Tensor:
         """What only the critic sees: float32 ``[R, PRIVILEGED_INPUTS]``, all finite."""

@@ -16,7 +16,7 @@ from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.jobs import Weights
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.tasks import HELDOUT
-from lhopt_fused.meta.validation import Validation, wins
+from lhopt_fused.meta.validation import Validation
 from lhopt_fused.meta.workers import Workers
 from lhopt_fused.policy import LearnedPolicy
 
@@ -156,17 +156,8 @@ def compared(validation: Validation, network: Weights) -> list[Result]:
         validation.settings, validation.losses(network), validation.references, strict=True
     )
     for setting, mine, other in played:
-        grid = np.nan_to_num(other.grid, nan=np.inf)
-        opponents = {
-            "default": other.default,
-            "tuned": other.tuned,
-            "hindsight": grid.min(0),
-            "median": np.median(grid, axis=0),
-            "control": other.control,
-        }
         reward = other.rewards(mine, setting.total_steps)
-        won = {name: wins(mine, opponents[name]) for name in OPPONENTS}
-        results.append(Result(setting, reward, won))
+        results.append(Result(setting, reward, other.won(mine)))
     return results
 
 

@@ -26,8 +26,8 @@ from lhopt_fused.meta.control import (
     demonstrate,
 )
 from lhopt_fused.meta.critic import Critic
-from lhopt_fused.meta.episode import PRIVILEGED_INPUTS, EpisodeBatch, sample_tasks
-from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward
+from lhopt_fused.meta.episode import PRIVILEGED_INPUTS, EpisodeBatch, Rival, sample_tasks
+from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward, wins
 from lhopt_fused.meta.rollout import collect, play
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.policy import FEATURES, PolicyNetwork
@@ -101,7 +101,14 @@ class Job:
     setting: Setting
     data_dir: Path | None
 
-    def batch(self, start: Mapping[str, float], noise: bool, baseline: bool) -> EpisodeBatch:
+    def batch(
+        self,
+        start: Mapping[str, float],
+        *,
+        noise: bool = False,
+        baseline: bool = False,
+        rival: HandControl | None = None,
+    ) -> EpisodeBatch:
         """Fresh episodes."""
         config = self.config
         return EpisodeBatch(
@@ -111,10 +118,17 @@ class Job:
             noise=config.noise if noise else None,
             hidden_eval=config.tasks.hidden_eval,
             baseline=config.baseline if baseline else None,
+            rival=None if rival is None else self.rival(start, rival),
             device=config.device,
             data_dir=self.data_dir,
             hide=config.policy.hide,
         )
+
+    def rival(self, start: Mapping[str, float], control: HandControl) -> Rival:
+        """The hand control, as episodes are to beat it."""
+        settings = self.config.policy.settings({**start, "lr": control.lr})
+        schedule = CONTROL_SCHEDULES[control.schedule]
+        return Rival(settings, schedule, self.config.win_weight)
 
 
 @dataclass(frozen=True)
@@ -122,13 +136,14 @@ class Collect(Job):
     """Episodes under the policy being trained, to learn from."""
 
     start: Mapping[str, float]
+    control: HandControl
     network: Weights
     critic: Weights
     version: int
 
     def __call__(self) -> dict[str, NDArray[np.generic]]:
         episodes = collect(
-            self.batch(self.start, noise=True, baseline=True),
+            self.batch(self.start, noise=True, baseline=True, rival=self.control),
             make_network(self.config, self.network),
             make_critic(self.config, self.critic),
             self.version,
@@ -144,7 +159,7 @@ class FirstLook(Job):
     start: Mapping[str, float]
 
     def __call__(self) -> NDArray[np.float32]:
-        batch = self.batch(self.start, noise=False, baseline=False)
+        batch = self.batch(self.start)
         return batch.advance().features.cpu().numpy()
 
 
@@ -156,7 +171,7 @@ class Demonstrate(Job):
     weights: NDArray[np.float64]
 
     def __call__(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        batch = self.batch(self.start, noise=True, baseline=False)
+        batch = self.batch(self.start, noise=True)
         weights = torch.tensor(self.weights, device=self.config.device)
         of_runs = weights[self.setting.task_of_run.to(weights.device)]
         features, targets = demonstrate(batch, of_runs, self.config.cloning.wander)
@@ -210,6 +225,23 @@ class References(NamedTuple):
         curve = _fit(Curves(steps, points))
         return speedup_reward(curve, torch.tensor(losses), total_steps).numpy()
 
+    def won(self, losses: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """1 where runs ended below an opponent, 0.5 where equal, float64 ``[R]``, by its name.
+
+        The opponents are those of the fields, ``median`` of the grid, and ``hindsight``, the lowest
+        of its losses on each task.
+        """
+        grid = np.nan_to_num(self.grid, nan=np.inf)
+        others = {
+            "default": self.default,
+            "tuned": self.tuned,
+            "hindsight": grid.min(0),
+            "median": np.median(grid, axis=0),
+            "control": self.control,
+        }
+        mine = torch.tensor(losses)
+        return {name: wins(mine, torch.tensor(x)).numpy() for name, x in others.items()}
+
 
 @dataclass(frozen=True)
 class FindReferences(Job):
@@ -226,8 +258,8 @@ class FindReferences(Job):
         trial = final_losses(tasks.again(1), settings, schedules, steps, split="eval")
         chosen = trial.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
         tuned = grid.gather(0, chosen)[0]
-        own = self.config.policy.settings({**self.start, "lr": self.control.lr})
-        control = final_losses(tasks, [own], [CONTROL_SCHEDULES[self.control.schedule]], steps)[0]
+        rival = self.rival(self.start, self.control)
+        control = final_losses(tasks, [rival.settings], [rival.schedule], steps)[0]
         default = grid[DEFAULT_OF_GRID]
         found = curves(tasks, steps, self.config.baseline)
         arrays = (default, grid, tuned, control, found.steps, found.losses)
@@ -242,7 +274,7 @@ class Play(Job):
     network: Weights
 
     def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        batch = self.batch(self.start, noise=False, baseline=False)
+        batch = self.batch(self.start)
         outcome = play(batch, make_network(self.config, self.network))
         return outcome.losses.cpu().numpy(), outcome.hyperparameters.cpu().numpy()
 

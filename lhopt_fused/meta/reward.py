@@ -20,6 +20,7 @@ __all__ = [
     "fit_power_curve",
     "sample_points",
     "speedup_reward",
+    "wins",
 ]
 
 LARGEST_REWARD: Final = 3.0
@@ -176,6 +177,17 @@ def speedup_reward(
     reward = curve.log_time(final_loss) - log_steps
     reward = reward.clamp(-LARGEST_REWARD, LARGEST_REWARD).nan_to_num(nan=0.0)
     return torch.where(final_loss.isfinite(), reward, -LARGEST_REWARD)
+
+
+def wins(losses: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """1 where a loss is lower than the other's, 0.5 where equal; one that is not finite loses.
+
+    Float64, in the shape that both broadcast to.
+    """
+    mine, theirs = (
+        x.double().nan_to_num(nan=torch.inf, posinf=torch.inf) for x in (losses, others)
+    )
+    return (mine < theirs).double() + 0.5 * (mine == theirs).double()
 
 
 def _fall(log_t: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,10 @@ from lhopt_fused.meta.jobs import (
 )
 from lhopt_fused.meta.learner import Learner, clone_behaviour
 from lhopt_fused.meta.ppo import Episodes
+from lhopt_fused.meta.reward import wins
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.teacher import expected_worth, teacher_weights
-from lhopt_fused.meta.validation import Report, Validation, wins
+from lhopt_fused.meta.validation import Report, Validation
 from lhopt_fused.meta.workers import Pending, Workers
 from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
 
@@ -235,8 +236,8 @@ class MetaTraining:
         if own.batches:
             of_control = control_grid().index(control)
             worth = [
-                torch.tensor(rewards + own.win_weight * wins(losses, losses[of_control]))
-                for losses, rewards in found[: own.batches]
+                rewards + self.config.win_weight * wins(losses, losses[of_control])
+                for losses, rewards in (map(torch.tensor, pair) for pair in found[: own.batches])
             ]
             self._imitate(settings[: own.batches], worth)
         self._acting = self._weights()
@@ -305,7 +306,9 @@ class MetaTraining:
         count = self.config.batches
         version = max(0, update - 1)
         return [
-            Collect(self.config, setting, self._data_dir, self.start, *acting, version)
+            Collect(
+                self.config, setting, self._data_dir, self.start, self.control, *acting, version
+            )
             for setting in self.settings(_COLLECT, count, update * count)
         ]
 
@@ -360,7 +363,7 @@ class MetaTraining:
     def _validate(self) -> Report:
         weights = pack(self._learner.average)
         report = self.validation().report(weights)
-        score = report.reward + report.beats_control
+        score = report.reward + self.config.win_weight * report.beats_control
         if score > self._progress.best_score:
             self._progress.best_score, self._progress.best = score, weights
             self._progress.best_report = {

@@ -18,13 +18,7 @@ from lhopt_fused.meta.jobs import FindReferences, Play, References, Weights
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.workers import Workers
 
-__all__ = ["Report", "Validation", "wins"]
-
-
-def wins(losses: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 where a loss is lower than the other's, 0.5 where equal; one that is not finite loses."""
-    mine, theirs = (np.nan_to_num(x, nan=np.inf, posinf=np.inf) for x in (losses, others))
-    return np.where(mine < theirs, 1.0, np.where(mine == theirs, 0.5, 0.0))
+__all__ = ["Report", "Validation"]
 
 
 @dataclass(frozen=True)
@@ -105,13 +99,12 @@ class Validation:
         """How losses as :meth:`losses` gives them compare with the references."""
         rows = []
         for setting, mine, other in zip(self.settings, losses, self.references, strict=True):
+            won = other.won(mine)
             rows.append(
                 (
                     other.rewards(mine, setting.total_steps),
                     other.rewards(other.control, setting.total_steps),
-                    wins(mine, other.default),
-                    wins(mine, other.tuned),
-                    wins(mine, other.control),
+                    *(won[name] for name in ("default", "tuned", "control")),
                 )
             )
         table = np.concatenate([np.stack(row) for row in rows], axis=1)

@@ -18,6 +18,7 @@ from lhopt_fused.meta.reward import (
     fit_power_curve,
     sample_points,
     speedup_reward,
+    wins,
 )
 
 STEPS = 300
@@ -215,3 +216,9 @@ def test_sample_points_are_evenly_spaced_in_the_logarithm() -> None:
 def test_no_steps_have_no_points() -> None:
     with pytest.raises(ValueError, match="total_steps is 0, expected at least 1"):
         sample_points(0)
+
+
+def test_the_lower_loss_wins() -> None:
+    mine = torch.tensor([1.0, 2.0, 1.0, math.nan, 1.0, math.inf, math.nan, -1.0])
+    others = torch.tensor([2.0, 1.0, 1.0, 1.0, math.nan, 1.0, math.inf, -0.5])
+    assert wins(mine, others).tolist() == [1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 0.5, 1.0]

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from meta.runs import small
-from tolerances import UNROLL, assert_close
+from tolerances import REWARD, UNROLL, assert_close
 
 from lhopt_fused.meta import episode
+from lhopt_fused.meta.baselines import SCHEDULES, final_losses
 from lhopt_fused.meta.config import START_HYPERPARAMETERS
 from lhopt_fused.meta.critic import Critic, unroll_critic, unroll_policy
-from lhopt_fused.meta.episode import EpisodeBatch, sample_tasks
+from lhopt_fused.meta.episode import EpisodeBatch, Rival, sample_tasks
 from lhopt_fused.meta.jobs import make_critic, make_network
 from lhopt_fused.meta.learner import Learner
 from lhopt_fused.meta.ppo import Episodes, log_probability
@@ -155,6 +156,25 @@ def test_played_hyperparameters_follow_each_decision(networks):
     assert torch.equal(outcome.losses, batch.inner.loss("report"))
     start = torch.tensor(list(START_HYPERPARAMETERS.values()), dtype=torch.float64)
     assert not torch.equal(outcome.hyperparameters[:, 0], start.expand(4, 8))
+
+
+@pytest.mark.parametrize("lr", [1e-6, 3e-3, 0.5])
+def test_ending_below_a_rival_is_worth_something(networks, lr):
+    network, critic = networks
+    plain = collect(batch := fresh(), network, critic, version=0)
+    losses = batch.inner.loss("report")
+    settings = CONFIG.policy.settings({**START_HYPERPARAMETERS, "lr": lr})
+    rival = Rival(settings, SCHEDULES["linear"], worth=2.0)
+    won = collect(fresh(rival=rival), network, critic, version=0)
+    tasks = sample_tasks(SETTING, "cpu", None)
+    others = final_losses(tasks, [settings], [rival.schedule], SETTING.total_steps)[0]
+    below = losses < others[SETTING.task_of_run]
+    assert bool(below.all()) == (lr == 1e-6)  # which is hardly a rival
+    before, after = plain.rewards[:, -1], won.rewards[:, -1]
+    assert_close(after, before + 2.0 * below, REWARD, 3.0)
+    with pytest.raises(AssertionError):
+        assert_close(after, before + 2.0 * ~below, REWARD, 3.0)
+    assert (won.rewards[:, :-1] == 0).all()
 
 
 def test_rewards_need_episodes_that_are_over():

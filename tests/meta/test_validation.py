@@ -14,7 +14,7 @@ from lhopt_fused.meta.config import START_HYPERPARAMETERS
 from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.episode import sample_tasks
 from lhopt_fused.meta.jobs import make_network, pack
-from lhopt_fused.meta.validation import Validation, wins
+from lhopt_fused.meta.validation import Validation
 
 CONFIG = small()
 CONTROL = HandControl(0.03, "linear")
@@ -34,13 +34,6 @@ def found(tmp_path_factory) -> Validation:
     made = validation(tmp_path_factory.mktemp("references"), Inline())
     assert len(made.references) == 2
     return made
-
-
-def test_the_lower_loss_wins():
-    nan, inf = np.nan, np.inf
-    mine = np.array([1.0, 2.0, 1.0, nan, 1.0, inf, nan, -1.0])
-    others = np.array([2.0, 1.0, 1.0, 1.0, nan, 1.0, inf, -0.5])
-    assert wins(mine, others).tolist() == [1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 0.5, 1.0]
 
 
 def test_the_hand_control_ties_with_itself(found):
