@@ -295,7 +295,9 @@ def _config(*, model: dict[str, int], **options: Any) -> RunConfig:
 
     given = {name: value for name, value in options.items() if value is not None}
     if "lr" not in given:
-        given["lr"] = default_lr(given["optimizer"], given.get("policy", DEFAULT_POLICY))
+        given["lr"] = default_lr(
+            given["optimizer"], given.get("policy", DEFAULT_POLICY), given["steps"]
+        )
     return RunConfig(**given, model=GPTConfig(**model))
 
 

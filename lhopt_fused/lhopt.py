@@ -131,8 +131,9 @@ class LHOPT(CIAO):
         self.observes_closure = True
         self._done_steps = 0
         self._said_over = False
-        wanted = {**self.policy.start_options.keywords(), **self.policy.start_hyperparameters}
-        keywords = {**LHOPT_START, **wanted, **start}
+        options = self.policy.start_options
+        wanted = options.start(self.policy.start_hyperparameters, total_steps)
+        keywords = {**LHOPT_START, **options.keywords(), **wanted, **start}
         super().__init__(params, backend=backend, **keywords)
         if restart_registers and any(map(is_piece, self._all_params())):
             raise ValueError(

@@ -99,7 +99,7 @@ def _policy_table(policy: Policy) -> Table:
         rows |= _rule_rows(policy)
     registers = "loads, saves and swaps 3" if policy.action_space.registers else "not used"
     rows["restart registers"] = registers
-    options = policy.start_options.keywords()
+    options = policy.start_options.to_plain()
     rows["inner optimizer"] = ", ".join(f"{name} {value}" for name, value in options.items())
     for name, value in rows.items():
         shown = escape(_printable(value)) if isinstance(value, str) else value

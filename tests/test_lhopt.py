@@ -90,6 +90,19 @@ def test_a_policy_brings_its_options_and_arguments_overrule_them() -> None:
     assert (group["trust"], group["lamb_ignore_vectors"]) == ("exact", False)
 
 
+@pytest.mark.parametrize(("total_steps", "expected"), [(100, 0.06), (400, 0.03), (40_000, 0.003)])
+def test_longer_runs_start_at_lower_learning_rates(total_steps: int, expected: float) -> None:
+    fixed = load_policy("fixed")
+    start = {**fixed.start_hyperparameters, "lr": 0.03}
+    policy = replace(fixed, start_hyperparameters=start, start_options=StartOptions(lr_steps=400))
+    for given, lr in (({}, expected), ({"lr": 0.02}, 0.02)):
+        group = LHOPT(make_params(), total_steps, policy=policy, **given).param_groups[0]
+        assert group["lr"] == pytest.approx(lr)
+        assert group["epsilon"] == start["epsilon"]
+    alike = replace(policy, start_options=StartOptions())
+    assert LHOPT(make_params(), total_steps, policy=alike).param_groups[0]["lr"] == 0.03
+
+
 def test_cosine_takes_the_learning_rate_down() -> None:
     params = make_params()
     optimizer = LHOPT(params, 40, outer_steps=10, policy="cosine", lr=0.02)

@@ -93,8 +93,8 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
             return torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
 
-def default_lr(optimizer: str, policy: str) -> float:
-    """A good learning rate for the demo; a learned policy starts where it was trained to.
+def default_lr(optimizer: str, policy: str, steps: int) -> float:
+    """A good learning rate for the demo; a learned policy starts as it was trained to.
 
     Raises:
         InputError: the policy cannot be used.
@@ -102,7 +102,7 @@ def default_lr(optimizer: str, policy: str) -> float:
     if optimizer == "lhopt":
         found = find_policy(policy)
         if isinstance(found, LearnedPolicy):
-            return found.start_hyperparameters["lr"]
+            return found.start_options.start(found.start_hyperparameters, steps)["lr"]
     return _DEFAULT_LR[optimizer]
 
 

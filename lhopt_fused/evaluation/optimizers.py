@@ -180,7 +180,7 @@ def policy_configuration(policy: str) -> Configuration:
     found = load_policy(policy)
     registers = REGISTERS if found.action_space.registers else 0
     probe = LHOPT([nn.Parameter(torch.zeros(1))], 1, policy=found, restart_registers=registers)
-    start = {**found.start_options.keywords(), **found.start_hyperparameters}
+    start = {**found.start_options.to_plain(), **found.start_hyperparameters}
     identified = json.dumps([probe.state_dict()["lhopt"]["fingerprint"], start], sort_keys=True)
     fingerprint = hashlib.sha256(identified.encode()).hexdigest()
     return {"policy": policy, "name": found.name, "fingerprint": fingerprint}

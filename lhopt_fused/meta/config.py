@@ -57,6 +57,8 @@ class PolicyConfig:
         moves: the hyperparameters that it may move; the others stay where they start.
         lr_choices: factors of the learning rate; empty for the published ones.
         start_lr: where the learning rate starts; None for the peak of the hand control.
+        lr_steps: inner steps of a run that this is meant for; others start as
+            :meth:`lhopt_fused.policy.StartOptions.start` says. None where all start alike.
         trust, lamb_ignore_vectors: of the inner optimizer, as of :class:`lhopt_fused.CIAO`.
         memory: False for a policy that decides by the last outer step alone (an ablation; such a
             policy cannot be deployed).
@@ -70,6 +72,7 @@ class PolicyConfig:
     moves: tuple[str, ...] = HYPERPARAMETERS
     lr_choices: tuple[float, ...] = ()
     start_lr: float | None = None
+    lr_steps: int | None = None
     trust: Literal["exact", "delayed"] = "exact"
     lamb_ignore_vectors: bool = True
     memory: bool = True
@@ -89,6 +92,7 @@ class PolicyConfig:
                 raise ValueError(f"lr_choices has {factor}, expected factors above 0")
         if self.start_lr is not None:
             _check_above_zero(self, "start_lr")
+        self.start_options  # noqa: B018 - its own checks
         self.shape  # noqa: B018 - its own checks
 
     @property
@@ -120,7 +124,7 @@ class PolicyConfig:
     @property
     def start_options(self) -> StartOptions:
         """What runs are like beside their hyperparameters."""
-        return StartOptions(self.trust, self.lamb_ignore_vectors)
+        return StartOptions(self.trust, self.lamb_ignore_vectors, self.lr_steps)
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,12 @@ class Job:
         baseline: bool = False,
         rival: HandControl | None = None,
     ) -> EpisodeBatch:
-        """Fresh episodes."""
+        """Fresh episodes, which start as runs of their length do."""
         config = self.config
+        own = config.policy.start_options.start(start, self.setting.total_steps)
         return EpisodeBatch(
             self.setting,
-            config.policy.settings(start),
+            config.policy.settings(own),
             config.policy.action_space,
             noise=config.noise if noise else None,
             hidden_eval=config.tasks.hidden_eval,

@@ -6,12 +6,13 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
 from lhopt_fused.meta.control import HandControl, control_grid
@@ -25,6 +26,7 @@ from lhopt_fused.meta.jobs import (
     make_network,
     pack,
 )
+from lhopt_fused.meta.kept import kept
 from lhopt_fused.meta.learner import Learner, clone_behaviour
 from lhopt_fused.meta.ppo import Episodes
 from lhopt_fused.meta.reward import wins
@@ -220,11 +222,7 @@ class MetaTraining:
         """Find the hand control, and start from imitating what is best on each task."""
         own = self.config.cloning
         settings = self.settings(_SEARCH, own.settings)
-        jobs = [
-            ScoreControls(self.config, replace(s, repeats=1), self._data_dir, START_HYPERPARAMETERS)
-            for s in settings
-        ]
-        found = self._workers.start(jobs).results()
+        found = self._scores([replace(setting, repeats=1) for setting in settings])
         scores = np.mean([rewards.mean(-1) for _, rewards in found], axis=0)
         control = control_grid()[int(scores.argmax())]
         self._progress.control = control
@@ -241,6 +239,25 @@ class MetaTraining:
             ]
             self._imitate(settings[: own.batches], worth)
         self._acting = self._weights()
+
+    def _scores(self, settings: list[Setting]) -> list[tuple[NDArray[np.float64], ...]]:
+        """Losses and rewards ``[C, T]`` of all possible hand controls on the tasks of settings."""
+        jobs = [
+            ScoreControls(self.config, setting, self._data_dir, START_HYPERPARAMETERS)
+            for setting in settings
+        ]
+        depends_on = {
+            "settings": [asdict(setting) for setting in settings],
+            "controls": [control.to_plain() for control in control_grid()],
+            "start": START_HYPERPARAMETERS,
+            "baseline": self.config.baseline,
+            "options": self.config.policy.start_options.keywords(),
+            "data_dir": str(self._data_dir),
+        }
+        fields = ("losses", "rewards")
+        return kept(
+            self.folder, "controls", depends_on, fields, lambda: self._workers.start(jobs).results()
+        )
 
     def _imitate(self, settings: list[Setting], worth: list[torch.Tensor]) -> None:
         """Imitate what can be expected to be best on each task of some settings.

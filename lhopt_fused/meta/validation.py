@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from lhopt_fused.meta.config import MetaConfig
 from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.jobs import FindReferences, Play, References, Weights
+from lhopt_fused.meta.kept import kept
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.workers import Workers
 
@@ -113,27 +112,7 @@ class Validation:
 
     def _found(self) -> list[References]:
         """References from the folder, or else from the workers."""
-        path = self._folder / f"references-{self._key()}.npz"
-        names = [f"{index}.{field}" for index in range(len(self.settings)) for field in _FIELDS]
-        if path.is_file():
-            with np.load(path) as held:
-                flat = [held[name] for name in names]
-        else:
-            jobs = [
-                FindReferences(self._config, setting, self._data_dir, self._start, self._control)
-                for setting in self.settings
-            ]
-            flat = [array for found in self._workers.start(jobs).results() for array in found]
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npz")
-            np.savez(partial, **dict(zip(names, flat, strict=True)))
-            partial.replace(path)
-        width = len(_FIELDS)
-        return [References(*flat[at : at + width]) for at in range(0, len(flat), width)]
-
-    def _key(self) -> str:
-        """Identifies the references by all that they depend on."""
-        described = {
+        depends_on = {
             "settings": [asdict(setting) for setting in self.settings],
             "start": {**self._start, "lr": self._control.lr},
             "control": self._control.to_plain(),
@@ -141,7 +120,12 @@ class Validation:
             "options": self._config.policy.start_options.keywords(),
             "data_dir": str(self._data_dir),
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        rows = kept(self._folder, "references", depends_on, References._fields, self._find)
+        return [References(*row) for row in rows]
 
-
-_FIELDS = References._fields
+    def _find(self) -> list[References]:
+        jobs = [
+            FindReferences(self._config, setting, self._data_dir, self._start, self._control)
+            for setting in self.settings
+        ]
+        return self._workers.start(jobs).results()

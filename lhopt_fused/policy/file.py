@@ -175,7 +175,7 @@ def _header(policy: LearnedPolicy) -> dict[str, Any]:
         },
         "action_space": policy.action_space.to_json(),
         "start_hyperparameters": dict(policy.start_hyperparameters),
-        "start_options": policy.start_options.keywords(),
+        "start_options": policy.start_options.to_plain(),
         "network": {
             "features": shape.features,
             "heads": list(shape.heads),

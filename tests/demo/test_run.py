@@ -56,7 +56,7 @@ def assert_same(one: Training, other: Training) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_loss_falls_and_rows_are_complete(text, optimizer):
-    config = replace(CONFIG, optimizer=optimizer, lr=5 * default_lr(optimizer, "cosine"))
+    config = replace(CONFIG, optimizer=optimizer, lr=5 * default_lr(optimizer, "cosine", 0))
     training = finished(Training(config, text))
     _, losses = series(training.rows, "eval_loss")
     assert losses[-1] < losses[0] - 0.5

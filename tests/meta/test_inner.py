@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from tolerances import LEARNED_RUN, STACKED_RUN, Tolerance, assert_close
 from lhopt_fused import LHOPT
 from lhopt_fused.actions import DEFAULT_ACTION_SPACE, REGISTER_CHOICES, ActionSpace, apply_shifts
 from lhopt_fused.ciao import LHOPT_START
+from lhopt_fused.meta.config import MetaConfig, PolicyConfig
 from lhopt_fused.meta.episode import EpisodeBatch
 from lhopt_fused.meta.inner import InnerRuns, ciao_settings
+from lhopt_fused.meta.jobs import Job
 from lhopt_fused.meta.rollout import play
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.tasks import FAMILIES, TaskBatch
@@ -24,6 +28,7 @@ from lhopt_fused.policy import (
     RunDecision,
     RunObservation,
     StartOptions,
+    load_policy,
 )
 from lhopt_fused.types import HYPERPARAMETERS
 
@@ -203,3 +208,14 @@ def test_a_run_that_diverges_leaves_the_others_alone() -> None:
     assert not broken.loss("eval")[1].isfinite() or broken.loss("eval")[1] > 1e6
     for name, value in calm.params.items():
         assert torch.equal(value[[0, 2]], broken.params[name][[0, 2]])
+
+
+@pytest.mark.parametrize("total_steps", [12, 300])
+def test_episodes_start_where_runs_of_their_length_do(total_steps: int) -> None:
+    config = MetaConfig("start", policy=PolicyConfig(lr_steps=48))
+    setting = Setting("quadratic", 3, 2, 1, total_steps, 4)
+    batch = Job(config, setting, None).batch(START)
+    policy = replace(load_policy("fixed"), start_options=config.policy.start_options)
+    group = LHOPT([torch.nn.Parameter(torch.ones(2))], total_steps, policy=policy).param_groups[0]
+    assert batch.inner.hyperparameters[:, 0].tolist() == [group["lr"]] * 2
+    assert group["lr"] != START["lr"]
