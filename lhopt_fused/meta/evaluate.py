@@ -132,7 +132,7 @@ def evaluate(
         workers: who plays.
         folder: where references are kept from one use to the next.
         trust: trust ratios of the inner optimizer, for policy and hand control; None for what the
-            policy was trained with.
+            policy wants.
         hidden_eval: share of the runs that show no eval loss; None for that of the training.
         data_dir: for families that read files.
 
@@ -140,8 +140,10 @@ def evaluate(
         ValueError: the policy does not say what it was trained with.
     """
     config, control = trained_config(policy)
+    options = policy.start_options.to_plain()  # not those of its training, if these are others
     if trust is not None:
-        config = replace(config, policy=replace(config.policy, trust=trust))
+        options["trust"] = trust
+    config = replace(config, policy=replace(config.policy, **options))
     if hidden_eval is not None:
         config = replace(config, tasks=replace(config.tasks, hidden_eval=hidden_eval))
     start = policy.start_hyperparameters

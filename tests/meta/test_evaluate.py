@@ -31,7 +31,7 @@ from lhopt_fused.meta.figure import draw_ablations
 from lhopt_fused.meta.jobs import Play, make_network
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.tasks import HELDOUT
-from lhopt_fused.policy import LearnedPolicy, save_policy
+from lhopt_fused.policy import LearnedPolicy, StartOptions, save_policy
 
 CONFIG = small()
 CONTROL = HandControl(0.03, "linear")
@@ -101,23 +101,36 @@ def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
     assert plain["settings"][1]["beats_control"] == results[1].won["control"].tolist()
 
 
+class Watching(Inline):
+    """Keeps the jobs that play."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.played: list[Play] = []
+
+    def start(self, jobs):
+        listed = list(jobs)
+        self.played += [job for job in listed if isinstance(job, Play)]
+        return super().start(listed)
+
+
 @pytest.mark.parametrize("share", [None, 0.0, 1.0])
 def test_the_eval_loss_may_be_shown_or_hidden(tmp_path, share):
-    shown = []
-
-    class Watching(Inline):
-        def start(self, jobs):
-            listed = list(jobs)
-            shown.extend(
-                job.batch(START_HYPERPARAMETERS, noise=False, baseline=False).has_eval_loss
-                for job in listed
-                if isinstance(job, Play)
-            )
-            return super().start(listed)
-
-    evaluate(policy(), new_settings(CONFIG, 4, 8), Watching(), tmp_path, hidden_eval=share)
+    workers = Watching()
+    evaluate(policy(), new_settings(CONFIG, 4, 8), workers, tmp_path, hidden_eval=share)
+    shown = [job.batch(START_HYPERPARAMETERS).has_eval_loss for job in workers.played]
     found = torch.cat(shown).float().mean()
     assert found == 1 - share if share is not None else 0 < found < 1
+
+
+def test_a_policy_is_played_as_its_file_says(tmp_path):
+    options = StartOptions("delayed", lamb_ignore_vectors=False, lr_steps=7)
+    for trust in (None, "exact"):
+        workers = Watching()
+        changed = replace(policy(), start_options=options)
+        evaluate(changed, new_settings(CONFIG, 1, 2), workers, tmp_path, trust=trust)
+        expected = replace(options, trust=trust or "delayed")
+        assert [job.config.policy.start_options for job in workers.played] == [expected]
 
 
 def test_a_policy_that_does_not_say_what_it_was_trained_on_is_refused():
