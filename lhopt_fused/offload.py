@@ -155,7 +155,8 @@ class HostOffload(Optimizer):
         """As :meth:`MeasuredOptimizer.step`; returns when the parameters are on their way back.
 
         Raises:
-            ValueError: as there, or a parameter has been moved or cast since this was made.
+            ValueError: as there, or a parameter has been moved or cast since this was made, or
+                ``GradScaler`` has scaled float16 gradients.
         """
         loss = None
         if closure is not None:
@@ -182,6 +183,12 @@ class HostOffload(Optimizer):
             if grad is not None and (has_changed or not copy.has_come(grad)):
                 check_grad(index, copy.param, grad)
                 self._fetch(copy, grad)
+            if factor is not None and grad is not None and grad.dtype == torch.float16:
+                raise ValueError(
+                    f"the gradient of parameter {index} is float16, which has no room for what "
+                    "GradScaler takes out of it; keep parameters in float32 and use autocast, or "
+                    "take bfloat16, which needs no GradScaler"
+                )
         self._say()
         release = self.optimizer._release
         for copy in self._arriving:
@@ -194,6 +201,7 @@ class HostOffload(Optimizer):
                     self._send()
         self.optimizer.step(closure)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _fetch_early(self, param: torch.Tensor) -> None:
         """A gradient has been accumulated."""

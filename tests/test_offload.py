@@ -253,6 +253,18 @@ def test_under_a_grad_scaler(name: str, is_unscaled: bool, is_clipped: bool) -> 
     assert trained(name, "cpu", scaled) == trained(name, None, scaled)
 
 
+def test_float16_gradients_under_a_grad_scaler_are_refused() -> None:
+    """As without this, where torch refuses them."""
+    params = make_params(torch.float16)
+    optimizer = HostOffload(params, AdamW)
+    before = [p.detach().clone() for p in params]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(backward(params, 0))
+    with pytest.raises(ValueError, match="is float16, which has no room"):
+        scaler.step(optimizer)
+    assert all(map(torch.equal, params, before))
+
+
 # ---------------------------------------------------------------------- interfaces of loops
 
 
@@ -288,6 +300,30 @@ def test_groups_by_name_and_parameters_that_join() -> None:
         return [*state_of(optimizer, params), names]
 
     assert runs(True) == runs(False)
+
+
+def test_compiled_loops_and_gradients_of_another_dtype() -> None:
+    def runs(is_on_host: bool, is_compiled: bool) -> Run:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+        for param in model.parameters():
+            if hasattr(param, "grad_dtype"):  # else they are of that of their parameter
+                param.grad_dtype = torch.float32
+        optimizer = made("lhopt", model.parameters(), is_on_host)
+
+        def train(x: torch.Tensor) -> None:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = torch.compile(train, backend="eager") if is_compiled else train
+        for number in range(STEPS):
+            step(torch.full((4, 5), 1.0 + number, dtype=torch.bfloat16))
+        return state_of(optimizer, list(model.parameters()))
+
+    expected = runs(False, is_compiled=False)
+    assert runs(True, is_compiled=False) == expected
+    assert runs(True, is_compiled=True) == expected
 
 
 def test_a_group_that_is_refused_leaves_everything_as_it_was() -> None:
