@@ -89,6 +89,9 @@ SHARDED: Final = {
 SHARDED_RUN: Final = Tolerance(1e-5)
 # a training run on several ranks against one on another number of them, relative to the largest
 # number of a tensor: gradients are means in another order, and decisions carry it on
+AUTOCAST_RUN: Final = Tolerance(1e-3)
+# a network in bfloat16 products against torch's AdamW, after 20 steps: last bits of weights decide
+# which way a few of them are rounded; relative to 1, and to the loss
 FUSED_FEATURES: Final = Tolerance(1e-12, absolute=1e-12)
 # means of features in float64 in another order; relative to the feature
 FUSED_LOGITS: Final = Tolerance(0.0, absolute=1e-7)
