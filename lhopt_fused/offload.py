@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -102,6 +103,7 @@ class HostOffload(Optimizer):
             return
         (group,) = _groups([param_group])
         hosted, copies = self._on_host(group)
+        self._say()
         self.optimizer.add_param_group(hosted)
         self._copies |= copies
         super().add_param_group(group)
@@ -166,12 +168,13 @@ class HostOffload(Optimizer):
             try:
                 self._step(None if closure is None else lambda: loss)
             finally:  # a policy may refuse to decide when the step has been done
-                self._send()
+                self._send(self._copies.values())
                 self._show()
                 self._forget()
         return loss
 
     def _step(self, closure: Any) -> None:
+        self._say()
         found, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         if found is not None and bool(found):
             return  # GradScaler's business
@@ -189,16 +192,17 @@ class HostOffload(Optimizer):
                     "GradScaler takes out of it; keep parameters in float32 and use autocast, or "
                     "take bfloat16, which needs no GradScaler"
                 )
-        self._say()
-        release = self.optimizer._release
+        release, landed = self.optimizer._release, []
         for copy in self._arriving:
             if copy.param.grad is None:
                 continue
             copy.land(factor)
+            landed.append(copy)
             if release is not None:
                 release.take(copy.host)
                 if copy.host.grad is None:  # that was a bucket
-                    self._send()
+                    self._send(landed)
+                    landed = []
         self.optimizer.step(closure)
 
     @_disable_dynamo
@@ -216,17 +220,18 @@ class HostOffload(Optimizer):
         self._arriving.pop(copy, None)
         self._arriving[copy] = None
 
-    def _send(self) -> None:
+    def _send(self, copies: Iterable[_Copy]) -> None:
         """Begin to copy the parameters back that have been written to."""
-        for copy in self._copies.values():
-            if copy.is_ahead:
-                copy.send()
+        with _later(self._stream):
+            for copy in copies:
+                if copy.is_ahead:
+                    copy.send()
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _after_sending(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            self._send()
+            self._send(self._copies.values())
             return function(*arguments)
 
         return call
@@ -320,7 +325,7 @@ class _Copy:
             )
         self.host.requires_grad_(param.requires_grad)
         if (param.data_ptr(), param._version) != self._param_seen:
-            with self._later():
+            with _later(self._stream):
                 self.host.copy_(param)
             self._note()
 
@@ -336,7 +341,7 @@ class _Copy:
         """Begin to copy a gradient."""
         if self._grad is None or (self._grad.dtype, self._grad.shape) != (grad.dtype, grad.shape):
             self._grad = _host_like(grad)
-        with self._later():
+        with _later(self._stream):
             self._grad.copy_(grad, non_blocking=True)
         if self._stream is not None:
             grad.record_stream(self._stream)
@@ -365,9 +370,8 @@ class _Copy:
         return self._is_stepped or self.host._version != self._host_version
 
     def send(self) -> None:
-        """Begin to copy it back."""
-        with self._later():
-            self.param.copy_(self.host, non_blocking=True)
+        """Copy it back, in the current stream, and do not wait for that."""
+        self.param.copy_(self.host, non_blocking=True)
         self._is_stepped = False
         self._note()
 
@@ -380,11 +384,13 @@ class _Copy:
         self._param_seen = self.param.data_ptr(), self.param._version
         self._host_version = self.host._version
 
-    def _later(self) -> Any:
-        """Let what follows come after what the device has been told to do so far."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        return torch.cuda.stream(self._stream)
+
+def _later(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Do what follows in ``stream``, after what the device has been told to do so far."""
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return torch.cuda.stream(stream)
 
 
 def _host_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -282,6 +282,22 @@ def test_schedulers_move_the_learning_rate() -> None:
     assert runs(True) == runs(False)
 
 
+def test_hyperparameters_set_here_outlast_skipped_steps_and_new_groups() -> None:
+    params = make_params()
+    optimizer = HostOffload(params[:3], AdamW)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    optimizer.param_groups[0]["lr"] = 0.25
+    backward(params[:3], 0, torch.inf)
+    scaler.step(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.add_param_group({"params": params[3:]})
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    saved = optimizer.state_dict()["param_groups"][0]
+    assert (saved["lr"], saved["weight_decay"]) == (0.25, 0.5)
+
+
 def test_groups_by_name_and_parameters_that_join() -> None:
     def runs(is_on_host: bool) -> Run:
         params = make_params()
