@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import make_params, set_grads
 from policy.samples import random_policy
-from tolerances import LOW_PRECISION_LOSS, SPLIT
+from tolerances import LOW_PRECISION_LOSS, OPTIMUM, SPLIT
 
 from lhopt_fused import CIAO, LHOPT, AdamW
 from lhopt_fused.kernels import formats
@@ -475,3 +475,30 @@ def test_learns_as_in_float32() -> None:
     for way in ("int8 split8", "bfloat16 split16", "float32"):
         assert abs(loss_after(torch.bfloat16, **WAYS[way]) - expected) <= limit
     assert abs(loss_after(torch.bfloat16) - expected) > limit
+
+
+def distance_from_optimum(dtype: torch.dtype, steps: int = 300, **keywords: Any) -> float:
+    """Of linear weights that are learned from 256 exact answers, relative to the right ones."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = (torch.randn(n, 64, generator=generator) for n in (256, 64))
+    param = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    optimizer = AdamW([param], lr=0.03, betas=(0.9, 0.99), weight_decay=0.0, **keywords)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        loss = ((inputs.to(dtype) @ param).float() - inputs @ weights / 2).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    reached = master_of(optimizer, param) if "master_weights" in keywords else param.detach()
+    return float((reached.double() - weights.double() / 2).norm() / (weights / 2).norm())
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "int8"])
+def test_reaches_the_optimum(way: str) -> None:
+    assert distance_from_optimum(torch.bfloat16, **WAYS[way]) <= OPTIMUM.relative
+
+
+def test_without_masters_it_stays_further_away() -> None:
+    assert distance_from_optimum(torch.float32) <= OPTIMUM.relative / 10
+    assert distance_from_optimum(torch.bfloat16, **WAYS["int8"]) > 4 * OPTIMUM.relative
