@@ -54,8 +54,8 @@ LOW_PRECISION_LOSS: Final = Tolerance(0.02)
 # the loss after 120 steps with moments and masters in few bits, relative to that in float32: its
 # parameters are bfloat16 in the network itself; without masters it is off by more
 OPTIMUM: Final = Tolerance(5e-3)
-# linear weights after 300 steps whose rate goes to 0, relative to the norm of the right ones:
-# products of bfloat16 parameters in the model leave 2e-3, rounding at random 3e-3, lost updates 3e-2
+# linear weights after 300 steps whose rate goes to 0, relative to the norm of the right ones: the
+# model's own products in bfloat16 leave 2e-3, rounding at random 3e-3, lost updates 3e-2
 DIFFERING_CODES: Final = 0.03
 # share of stored numbers that are others than the reference's: those on the border of two, where
 # rounding decides, and blocks whose largest magnitude is on that of two scales
