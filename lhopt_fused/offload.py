@@ -69,6 +69,7 @@ class HostOffload(Optimizer):
         self,
         params: ParamsT,
         build: Callable[[list[dict[str, Any]]], MeasuredOptimizer],
+        *,
         in_backward: bool = True,
     ) -> None:
         self._copies: dict[torch.Tensor, _Copy] = {}
