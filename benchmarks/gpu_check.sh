@@ -22,6 +22,7 @@ readonly GPU_TESTS=( # those with tests marked gpu; others need packages that ar
   tests/kernels/test_triton_formats.py
   tests/test_golden.py
   tests/test_lhopt.py
+  tests/test_offload.py
   tests/test_placement.py
   tests/test_registers.py
 )

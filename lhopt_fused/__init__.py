@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lhopt_fused.adamw import AdamW
     from lhopt_fused.ciao import CIAO
     from lhopt_fused.lhopt import LHOPT
+    from lhopt_fused.offload import HostOffload
     from lhopt_fused.release import GradientRelease
     from lhopt_fused.types import (
         EXTRA_FEATURES,
@@ -32,6 +33,7 @@ __all__ = [
     "AdamW",
     "BackendUnavailableError",
     "GradientRelease",
+    "HostOffload",
     "NonFiniteGradientError",
     "__version__",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "AdamW": "adamw",
     "CIAO": "ciao",
     "GradientRelease": "release",
+    "HostOffload": "offload",
     "LHOPT": "lhopt",
 }  # the others are in types
 

@@ -60,7 +60,7 @@ from lhopt_fused.types import (
     StepOptions,
 )
 
-__all__ = ["MeasuredOptimizer"]
+__all__ = ["MeasuredOptimizer", "listed"]
 
 _STATE_KEY = "lhopt_fused"
 _VERSION = 2  # of a state dict, which holds it under that key
@@ -133,6 +133,9 @@ class _Run:
 
 class _Release(Protocol):
     """Steps gradients during the backward pass; see :mod:`lhopt_fused.release`."""
+
+    def take(self, param: torch.Tensor) -> None:
+        """Step the gradient of ``param`` with its bucket, and free it then."""
 
     def finish(self) -> _Run | None:
         """Step what is left; the binding, None if there were no gradients ever."""
@@ -243,7 +246,7 @@ class MeasuredOptimizer(Optimizer):
         """
         where = f"param_groups[{len(self.param_groups)}]"
         group = dict(param_group)
-        group["params"] = _listed(param_group["params"])
+        group["params"] = listed(param_group["params"])
         tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         if not tensors:
             raise ValueError(f"{where} has no parameters; leave empty groups out")
@@ -788,7 +791,7 @@ def _placed_state(
     return result
 
 
-def _listed(params: Any) -> Any:
+def listed(params: Any) -> Any:
     """``params`` of a group as torch takes them, as a list where it is an iterator."""
     if isinstance(params, torch.Tensor):
         return [params]

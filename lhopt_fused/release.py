@@ -61,7 +61,7 @@ class GradientRelease:
         self._check_settings()
         self._params = [p for p in optimizer._all_params() if p.requires_grad]
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self.take)  # type: ignore[no-untyped-call]
             for p in self._params
         ]
         optimizer._release = self
@@ -97,8 +97,8 @@ class GradientRelease:
     # ------------------------------------------------------------------ during the backward pass
 
     @torch.no_grad()
-    def _take(self, param: torch.Tensor) -> None:
-        """A gradient has been accumulated."""
+    def take(self, param: torch.Tensor) -> None:
+        """A gradient has been accumulated: step it with its bucket, and free it then."""
         if id(param) in self._stepped:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before step(): "

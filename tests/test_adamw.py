@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import make_params, set_grads, trajectory
-from tolerances import TRAJECTORY, assert_close
+from tolerances import AUTOCAST_RUN, TRAJECTORY, assert_close
 
 from lhopt_fused import AdamW
 
@@ -88,21 +91,73 @@ def test_learning_rate_schedulers_move_it(scheduler: str) -> None:
         assert_close(param, expected, TRAJECTORY[torch.float32], 2.0)
 
 
-def test_continues_a_checkpoint_of_torch() -> None:
-    ours, theirs = make_params(), make_params()
-    theirs_optimizer, ours_optimizer = torch.optim.AdamW(theirs, lr=0.01), AdamW(ours)
-    for reached in trajectory(theirs_optimizer, theirs, 10):
-        for param, value in zip(ours, reached, strict=True):
+@pytest.mark.parametrize(
+    ("begins", "goes_on"), [(torch.optim.AdamW, AdamW), (AdamW, torch.optim.AdamW)]
+)
+def test_a_checkpoint_of_one_is_one_of_the_other(begins: Any, goes_on: Any) -> None:
+    params, others = make_params(), make_params()
+    first, second = begins(params, lr=0.01), goes_on(others)
+    for reached in trajectory(first, params, 10):
+        for param, value in zip(others, reached, strict=True):
             param.data.copy_(value)
-    ours_optimizer.load_state_dict(theirs_optimizer.state_dict())
-    both = zip(
-        trajectory(ours_optimizer, ours, 10, 10),
-        trajectory(theirs_optimizer, theirs, 10, 10),
-        strict=True,
-    )
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # which torch's shares
+    both = zip(trajectory(second, others, 10, 10), trajectory(first, params, 10, 10), strict=True)
     for reached, expected in both:
         for param, value in zip(reached, expected, strict=True):
             assert_close(param, value, TRAJECTORY[torch.float32], 2.0)
+
+
+def test_a_schedule_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Optimizer and schedule from a file, into new ones that begin elsewhere."""
+
+    def begin(params: list[torch.nn.Parameter], lr: float) -> tuple[AdamW, Any]:
+        optimizer = AdamW(params, lr=lr)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+    def go_on(params: list[torch.nn.Parameter], run: tuple[AdamW, Any], first: int) -> list[float]:
+        for _ in trajectory(run[0], params, 10, first):
+            run[1].step()
+        return [run[1].get_last_lr()[0], run[0].param_groups[0]["lr"]]
+
+    params = make_params()
+    run = begin(params, 0.01)
+    go_on(params, run, 0)
+    torch.save((params, [part.state_dict() for part in run]), tmp_path / "run.pt")
+    loaded, states = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed = begin(loaded, 0.5)
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    assert go_on(loaded, resumed, 10) == go_on(params, run, 10) == [0.0, 0.0]
+    assert all(map(torch.equal, params, loaded))
+
+
+def test_under_autocast_it_is_torch_adamw() -> None:
+    """A model in float32 whose products are in bfloat16: gradients come in float32."""
+
+    def run(build: Any) -> tuple[list[torch.Tensor], list[float]]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)
+        )
+        optimizer = build(model.parameters(), lr=0.01)
+        losses = []
+        for step in range(20):
+            x = torch.randn(8, 10, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x).float() - x.sum(1, keepdim=True)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return [p.detach() for p in model.parameters()], losses
+
+    (ours, losses), (theirs, expected) = run(AdamW), run(torch.optim.AdamW)
+    assert losses == pytest.approx(expected, rel=AUTOCAST_RUN.relative)
+    for param, value in zip(ours, theirs, strict=True):
+        assert_close(param, value, AUTOCAST_RUN, 1.0)
+    wrong, _ = run(functools.partial(AdamW, betas=(0.89, 0.999)))
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(wrong[0], theirs[0], AUTOCAST_RUN, 1.0)
 
 
 @pytest.mark.parametrize("name", ["amsgrad", "differentiable"])

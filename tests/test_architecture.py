@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "sharding",
     },
     "release": {"types", "kernels.gradients", "optimizer", "ranks"},
+    "offload": {"layout", "optimizer", "ranks"},
     "json_fields": set(),
     "actions": {"types", "json_fields"},
     "cdf": set(),
@@ -103,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
         "_C",
         "__init__",
     },
-    "__init__": {"types", "adamw", "ciao", "lhopt", "release"},
+    "__init__": {"types", "adamw", "ciao", "lhopt", "offload", "release"},
 }
 """Room -> the rooms of the package that it may import at module level or anywhere inside."""
 

@@ -14,6 +14,7 @@ STEPS = 6
 SCALE = 2.0**10  # a power of two, so that scaling rounds nothing
 BUILT: dict[str, Any] = {
     "adamw": lambda params: AdamW(params, lr=0.01),
+    "masked": lambda params: AdamW(params, lr=0.01, nonfinite="mask"),
     "ciao": lambda params: CIAO.lhopt(params, lr=0.01),
     "lhopt": lambda params: LHOPT(params, STEPS, outer_steps=2),
 }

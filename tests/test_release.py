@@ -20,6 +20,9 @@ LAMB = {"lamb_power": 1.0, "lamb_min_trust": 1e-3, "lamb_update_norm_ombeta": 0.
 BUILT: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda params: AdamW(params, lr=0.01, nonfinite="mask", keep_grad_signs=True),
     "stochastic": lambda params: AdamW(params, lr=0.01, nonfinite="mask", rounding="stochastic"),
+    "few bits": lambda params: AdamW(
+        params, lr=0.01, nonfinite="mask", moments="int8", master_weights="split8"
+    ),
     "reference": lambda params: CIAO(params, nonfinite="mask", backend="reference", **LAMB),
     "delayed": lambda params: CIAO(
         params, nonfinite="mask", denominator_norm="inf", trust="delayed", **LAMB
@@ -56,7 +59,7 @@ def backward(model: torch.nn.Module, step: int, spoil: bool = False) -> torch.Te
 
 def trained(name: str, bucket_bytes: int | None, steps: int = STEPS) -> tuple[Any, list[Any]]:
     """The optimizer after a run, released or not, and all that can be compared."""
-    model = make_model(torch.bfloat16 if name == "stochastic" else torch.float32)
+    model = make_model(torch.bfloat16 if name in ("stochastic", "few bits") else torch.float32)
     optimizer = BUILT[name](model.parameters())
     if bucket_bytes is not None:
         GradientRelease(optimizer, bucket_bytes)
@@ -151,6 +154,33 @@ def test_steps_without_gradients_and_late_parameters() -> None:
             optimizer.zero_grad()
         both.append([p.detach().tolist() for p in model.parameters()])
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("bucket_bytes", BUCKETS)
+def test_tied_and_frozen_parameters(bucket_bytes: int) -> None:
+    """Weights in two places get one gradient and one step; frozen ones get neither, nor state."""
+
+    def run(is_released: bool) -> list[Any]:
+        torch.manual_seed(0)
+        table, out = torch.nn.Embedding(32, 16), torch.nn.Linear(16, 32)
+        out.weight = table.weight
+        model = torch.nn.Sequential(table, torch.nn.Linear(16, 16), out)
+        model[1].weight.requires_grad_(False)
+        frozen = model[1].weight.clone()
+        optimizer = BUILT["adamw"](model.parameters())
+        if is_released:
+            GradientRelease(optimizer, bucket_bytes)
+        for step in range(3):
+            tokens = torch.arange(8).add(step).view(2, 4)
+            model(tokens).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.state[table.weight]["step"] == 3
+        assert torch.equal(model[1].weight, frozen)
+        assert model[1].weight not in optimizer.state
+        return [p.tolist() for p in model.parameters()]
+
+    assert run(True) == run(False)
 
 
 def test_removed_it_is_over() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from distributed.kills import survive
 from distributed.launch import Launched, run_ranks
+from distributed.runs import bits
 from distributed.training import (
     STEPS,
     decisions,
     disagreements,
     leg,
+    make_model,
     one_dies,
     refusals,
     with_registers,
@@ -47,6 +49,20 @@ def test_ranks_decide_the_same_as_one_with_all_the_data(
 def test_every_outer_step_decides(decided: list[dict[str, dict[str, Any]]]) -> None:
     rates = [step["lr"] for step in decided[0]["fsdp"]["decided"]]
     assert len(set(rates)) == len(rates)
+
+
+def test_frozen_parameters_stay_and_take_nothing() -> None:
+    before = bits([p.detach() for p in make_model().parameters() if p.dim() == 2])
+    outcomes = run_ranks(decisions, 2, True)
+    for found in outcomes:
+        for name in ("ddp", "fsdp", "alone"):
+            assert found[name]["frozen"] == before
+            assert found[name]["have_state"] == [True] * 3
+            assert found[name]["bits"] == outcomes[0][name]["bits"]
+        expected = found["alone"]["params"]
+        for name in ("ddp", "fsdp"):
+            for value, param in zip(found[name]["params"], expected, strict=True):
+                assert_close(value, param, SHARDED_RUN, param.abs().max())
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -94,21 +94,30 @@ def reached(model: torch.nn.Module, optimizer: LHOPT) -> dict[str, Any]:
     }
 
 
-def decisions(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
-    """Under DDP and FSDP2, with a share of the data for each rank, and alone with all of it."""
+def decisions(rank: int, ranks: int, freezes: bool = False) -> dict[str, dict[str, Any]]:
+    """Under DDP and FSDP2, with a share of the data for each rank, and alone with all of it.
+
+    What each has reached; with ``freezes``, weight matrices are not trained.
+    """
     share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
     found = {}
     model: torch.nn.Module
     for name in ("ddp", "fsdp", "alone"):
-        model = make_model()
+        model = layers = make_model()
+        for param in layers.parameters():
+            param.requires_grad_(param.dim() == 1 or not freezes)
         if name == "ddp":
-            model = torch.nn.parallel.DistributedDataParallel(model)
+            model = torch.nn.parallel.DistributedDataParallel(layers)
         if name == "fsdp":
-            model = sharded(make_model(), ranks)
+            model = sharded(layers, ranks)
         group = None if name == "alone" else "auto"
         optimizer = make_optimizer(model, process_group=group)
         train(model, optimizer, 0, STEPS, slice(8) if name == "alone" else share)
-        found[name] = reached(model, optimizer)
+        found[name] = {
+            **reached(model, optimizer),
+            "frozen": bits([whole(p) for p in model.parameters() if not p.requires_grad]),
+            "have_state": [p.requires_grad for p in optimizer.state],
+        }
     return found
 
 

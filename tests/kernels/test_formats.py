@@ -215,6 +215,29 @@ def test_split_masters(master: torch.Tensor) -> None:
             assert bool((again[0] == param) & (again[1] == correction))
 
 
+@pytest.mark.parametrize("exponent", [0, 1, 2, 100, 126, 127, 128, 253])
+def test_more_bits_of_a_master_are_never_further_from_it(exponent: int) -> None:
+    """Every number of 16 lower bits, below the first, middle and last parameter of a binade."""
+    lower = torch.arange(2**16)
+    heads = (torch.tensor([0, 1, 0x3F, 0x7E, 0x7F]) | exponent << 7) << 16
+    positive = (heads[:, None] | lower).flatten()
+    masters = torch.stack([positive, positive - 2**31]).to(torch.int32).view(torch.float32)
+    errors = {None: distance(masters.to(torch.bfloat16), masters)}
+    for dtype in CORRECTIONS:
+        errors[dtype] = distance(join_master(*split_master(masters, dtype)), masters)
+    none, eight, sixteen = errors[None], errors[torch.int8], errors[torch.int16]
+    assert bool((sixteen == 0).all())
+    assert bool((eight <= none).all())
+    assert bool((eight[none == 0] == 0).all())
+    is_far = none > 2**8 * 2.0 ** (max(exponent, 1) - 150)  # units in the last place
+    assert bool((eight < none)[is_far].all())
+    assert float(none.mean()) > 100 * float(eight.mean()) > 0  # so that a bit less would show
+
+
+def distance(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (value.double() - expected.double()).abs()
+
+
 def bits_of(x: torch.Tensor) -> int:
     return int(x.view(torch.int32).item()) % 2**32
 
