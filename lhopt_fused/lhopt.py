@@ -22,6 +22,7 @@ from lhopt_fused.compiled import traced_observe
 from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
 from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
+from lhopt_fused.policy.base import policy_for_run
 from lhopt_fused.policy.plain import moved
 from lhopt_fused.ranks import Ranks
 from lhopt_fused.registers import RestartRegisters, state_bytes
@@ -110,13 +111,14 @@ class LHOPT(CIAO):
         callback: Callable[[OuterStep], None] | None = None,
         **start: Any,
     ) -> None:
-        self.policy = load_policy(policy) if isinstance(policy, str | os.PathLike) else policy
-        if not hasattr(self.policy, "start_run"):
+        found = load_policy(policy) if isinstance(policy, str | os.PathLike) else policy
+        if not hasattr(found, "start_run"):
             raise TypeError(f"policy must be a name, a path or a Policy, got {policy!r}")
         for name, function in (("eval_fn", eval_fn), ("callback", callback)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, got {function!r}")
         self.total_steps, self.outer_steps = _check_steps(total_steps, outer_steps)
+        self.policy = policy_for_run(found, total_steps)
         if self.policy.action_space.registers and restart_registers != REGISTERS:
             raise ValueError(
                 f"policy {self.policy.name!r} uses restart registers: pass "
@@ -131,9 +133,8 @@ class LHOPT(CIAO):
         self.observes_closure = True
         self._done_steps = 0
         self._said_over = False
-        options = self.policy.start_options
-        wanted = options.start(self.policy.start_hyperparameters, total_steps)
-        keywords = {**LHOPT_START, **options.keywords(), **wanted, **start}
+        wanted = {**self.policy.start_options.keywords(), **self.policy.start_hyperparameters}
+        keywords = {**LHOPT_START, **wanted, **start}
         super().__init__(params, backend=backend, **keywords)
         if restart_registers and any(map(is_piece, self._all_params())):
             raise ValueError(

@@ -103,6 +103,30 @@ def test_longer_runs_start_at_lower_learning_rates(total_steps: int, expected: f
     assert LHOPT(make_params(), total_steps, policy=alike).param_groups[0]["lr"] == 0.03
 
 
+def test_decisions_take_the_learning_rate_no_further_than_its_reach() -> None:
+    network = random_policy().network()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        network.heads[0].logits.bias[-1] = 50.0  # the learning rate times 2, every time
+    start = {**{name: LHOPT_START[name] for name in HYPERPARAMETERS}, "lr": 0.01}
+    rates = {}
+    for reach in (3.0, None):
+        policy = LearnedPolicy.from_network(
+            network,
+            name="raising",
+            action_space=ActionSpace(ACTIONS),
+            start_hyperparameters=start,
+            start_options=StartOptions(lr_steps=40, lr_reach=reach),
+        )
+        params = make_params()
+        optimizer = LHOPT(params, 10, outer_steps=5, policy=policy)
+        run(optimizer, params, 0, 10)
+        rates[reach] = [step.hyperparameters["lr"] for step in optimizer.history]
+    assert rates[3.0] == pytest.approx([0.04, 0.06, 0.06, 0.06, 0.06])
+    assert rates[None] == pytest.approx([0.04, 0.08, 0.16, 0.32, 0.64])
+
+
 def test_cosine_takes_the_learning_rate_down() -> None:
     params = make_params()
     optimizer = LHOPT(params, 40, outer_steps=10, policy="cosine", lr=0.02)

@@ -14,6 +14,7 @@ from lhopt_fused.ciao import CIAO
 from lhopt_fused.demo.text import InputError
 from lhopt_fused.lhopt import LHOPT
 from lhopt_fused.policy import LearnedPolicy, Policy, PolicyFileError, load_policy
+from lhopt_fused.policy.base import policy_for_run
 from lhopt_fused.types import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def default_lr(optimizer: str, policy: str, steps: int) -> float:
     if optimizer == "lhopt":
         found = find_policy(policy)
         if isinstance(found, LearnedPolicy):
-            return found.start_options.start(found.start_hyperparameters, steps)["lr"]
+            return policy_for_run(found, steps).start_hyperparameters["lr"]
     return _DEFAULT_LR[optimizer]
 
 

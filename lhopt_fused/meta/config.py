@@ -58,7 +58,8 @@ class PolicyConfig:
         lr_choices: factors of the learning rate; empty for the published ones.
         start_lr: where the learning rate starts; None for the peak of the hand control.
         lr_steps: inner steps of a run that this is meant for; others start as
-            :meth:`lhopt_fused.policy.StartOptions.start` says. None where all start alike.
+            :meth:`lhopt_fused.policy.StartOptions.for_run` says. None where all start alike.
+        lr_reach: how far above that decisions may take it, as there; None for no such bound.
         trust, lamb_ignore_vectors: of the inner optimizer, as of :class:`lhopt_fused.CIAO`.
         memory: False for a policy that decides by the last outer step alone (an ablation; such a
             policy cannot be deployed).
@@ -73,6 +74,7 @@ class PolicyConfig:
     lr_choices: tuple[float, ...] = ()
     start_lr: float | None = None
     lr_steps: int | None = None
+    lr_reach: float | None = None
     trust: Literal["exact", "delayed"] = "exact"
     lamb_ignore_vectors: bool = True
     memory: bool = True
@@ -121,10 +123,16 @@ class PolicyConfig:
         """What the inner optimizer starts with."""
         return ciao_settings(**self.start_options.keywords(), **hyperparameters)
 
+    def for_run(
+        self, start: Mapping[str, float], total_steps: int
+    ) -> tuple[dict[str, float], ActionSpace]:
+        """Where a run of ``total_steps`` inner steps starts, and what may be done to it."""
+        return self.start_options.for_run(start, self.action_space, total_steps)
+
     @property
     def start_options(self) -> StartOptions:
         """What runs are like beside their hyperparameters."""
-        return StartOptions(self.trust, self.lamb_ignore_vectors, self.lr_steps)
+        return StartOptions(self.trust, self.lamb_ignore_vectors, self.lr_steps, self.lr_reach)
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,11 @@ class LHOPTVectorEnv(gymnasium.vector.VectorEnv[_Features, _Choices, NDArray[Any
     def _begin(self) -> tuple[_Features, dict[str, Any]]:
         config = self._config
         setting = config.tasks.draw(int(self.np_random.integers(2**62)))
-        start = config.policy.start_options.start(self._start, setting.total_steps)
+        start, space = config.policy.for_run(self._start, setting.total_steps)
         self._batch = EpisodeBatch(
             setting,
             config.policy.settings(start),
-            config.policy.action_space,
+            space,
             noise=config.noise,
             hidden_eval=config.tasks.hidden_eval,
             baseline=config.baseline,

@@ -111,11 +111,11 @@ class Job:
     ) -> EpisodeBatch:
         """Fresh episodes, which start as runs of their length do."""
         config = self.config
-        own = config.policy.start_options.start(start, self.setting.total_steps)
+        own, space = config.policy.for_run(start, self.setting.total_steps)
         return EpisodeBatch(
             self.setting,
             config.policy.settings(own),
-            config.policy.action_space,
+            space,
             noise=config.noise if noise else None,
             hidden_eval=config.tasks.hidden_eval,
             baseline=config.baseline if baseline else None,

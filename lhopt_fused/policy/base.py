@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ __all__ = [
     "RunDecision",
     "RunObservation",
     "StartOptions",
+    "policy_for_run",
 ]
 
 
@@ -30,7 +31,9 @@ class StartOptions:
     Attributes:
         trust, lamb_ignore_vectors: as of :class:`lhopt_fused.CIAO`.
         lr_steps: inner steps of a run that the start's learning rate is meant for: runs of another
-            length start as :meth:`start` says. None where all start alike.
+            length start as :meth:`for_run` says. None where all start alike.
+        lr_reach: how far the learning rate may be taken above where a run of that length starts, as
+            a factor of 1 or more; None for as far as the action reaches.
 
     Raises:
         ValueError: naming the option that is something else.
@@ -39,6 +42,7 @@ class StartOptions:
     trust: Literal["exact", "delayed"] = "exact"
     lamb_ignore_vectors: bool = True
     lr_steps: int | None = None
+    lr_reach: float | None = None
 
     def __post_init__(self) -> None:
         if self.trust not in ("exact", "delayed"):
@@ -49,31 +53,67 @@ class StartOptions:
             )
         if self.lr_steps is not None and (type(self.lr_steps) is not int or self.lr_steps < 1):
             raise ValueError(f"lr_steps is {self.lr_steps!r}, expected a number >= 1, or null")
+        if self.lr_reach is not None and not _is_factor(self.lr_reach):
+            raise ValueError(f"lr_reach is {self.lr_reach!r}, expected a factor >= 1, or null")
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of :class:`lhopt_fused.CIAO`."""
         return {"trust": self.trust, "lamb_ignore_vectors": self.lamb_ignore_vectors}
 
-    def start(self, hyperparameters: Mapping[str, float], total_steps: int) -> dict[str, float]:
-        """Where a run of ``total_steps`` inner steps starts.
+    def for_run(
+        self, start: Mapping[str, float], space: ActionSpace, total_steps: int
+    ) -> tuple[dict[str, float], ActionSpace]:
+        """Where a run of ``total_steps`` inner steps starts, and what may be done to it.
 
         With ``lr_steps`` the learning rate is multiplied by ``sqrt(lr_steps / total_steps)``. Under
         trust ratios it is the relative length of a step, and steps whose direction is mostly noise
         lead as far as the square root of their number. The best fixed learning rates of the tasks
         of meta-training fall like that: about 0.1 for 25 steps, 0.03 for 250, 0.015 for 700.
+
+        With ``lr_reach`` decisions leave it at most at that multiple of this.
         """
-        if self.lr_steps is None:
-            return dict(hyperparameters)
-        factor = math.sqrt(self.lr_steps / total_steps)
-        return {**hyperparameters, "lr": factor * hyperparameters["lr"]}
+        own = dict(start)
+        if self.lr_steps is not None:
+            own["lr"] *= math.sqrt(self.lr_steps / total_steps)
+        if self.lr_reach is None:
+            return own, space
+        high = self.lr_reach * own["lr"]
+        actions = (
+            replace(action, high=min(high, action.high)) if action.name == "lr" else action
+            for action in space.actions
+        )
+        return own, replace(space, actions=tuple(actions))
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
 
+def _is_factor(value: object) -> bool:
+    return type(value) in (int, float) and 1 <= cast(float, value) < math.inf
+
+
 PUBLISHED_OPTIONS: Final = StartOptions()
 """Those of LHOPT's published configuration."""
+
+
+def policy_for_run(policy: Policy, total_steps: int) -> Policy:
+    """The policy as a run of ``total_steps`` inner steps has it: its start and its bounds.
+
+    One whose options depend on the length of the run is a dataclass.
+    """
+    options = policy.start_options
+    if options.lr_steps is None and options.lr_reach is None:
+        return policy
+    start, space = options.for_run(policy.start_hyperparameters, policy.action_space, total_steps)
+    options = replace(options, lr_steps=None, lr_reach=None)
+    resolved: Policy = replace(
+        policy,  # type: ignore[type-var]
+        start_hyperparameters=start,
+        action_space=space,
+        start_options=options,
+    )
+    return resolved
 
 
 class RunObservation(NamedTuple):

@@ -212,10 +212,13 @@ def test_a_run_that_diverges_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("total_steps", [12, 300])
 def test_episodes_start_where_runs_of_their_length_do(total_steps: int) -> None:
-    config = MetaConfig("start", policy=PolicyConfig(lr_steps=48))
+    config = MetaConfig("start", policy=PolicyConfig(lr_steps=48, lr_reach=1.5))
     setting = Setting("quadratic", 3, 2, 1, total_steps, 4)
     batch = Job(config, setting, None).batch(START)
     policy = replace(load_policy("fixed"), start_options=config.policy.start_options)
-    group = LHOPT([torch.nn.Parameter(torch.ones(2))], total_steps, policy=policy).param_groups[0]
+    optimizer = LHOPT([torch.nn.Parameter(torch.ones(2))], total_steps, policy=policy)
+    group = optimizer.param_groups[0]
+    assert batch.space.actions[0].high == optimizer.policy.action_space.actions[0].high
+    assert batch.space.actions[0].high == pytest.approx(1.5 * group["lr"])
     assert batch.inner.hyperparameters[:, 0].tolist() == [group["lr"]] * 2
     assert group["lr"] != START["lr"]

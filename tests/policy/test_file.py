@@ -178,6 +178,8 @@ def _nan(array: np.ndarray) -> np.ndarray:
         (_set("start_options", "lamb_ignore_vectors", to=1), r"lamb_ignore_vectors is 1, expected"),
         (_set("start_options", "lr_steps", to=0), r"start_options\.lr_steps is 0, expected"),
         (_set("start_options", "lr_steps", to=1.5), r"start_options\.lr_steps is 1\.5, expected"),
+        (_set("start_options", "lr_reach", to=0.5), r"start_options\.lr_reach is 0\.5, expected"),
+        (_set("start_options", "lr_reach", to="2"), r"start_options\.lr_reach is '2', expected"),
         (_set("start_options", "lamb_power", to=2), r"start_options\.lamb_power is unknown"),
         (_set("network", "hidden", to=10**15), r"network\.hidden is 1000000000000000"),
         (_set("network", "hidden", to=32), r"weight heads\.0\.down\.weight has shape \[16, 16\]"),
@@ -220,7 +222,7 @@ def test_policies_are_checked_before_they_are_saved() -> None:
 
 
 def test_options_go_with_the_file(path: Path) -> None:
-    options = StartOptions("delayed", lamb_ignore_vectors=False, lr_steps=200)
+    options = StartOptions("delayed", lamb_ignore_vectors=False, lr_steps=200, lr_reach=1.5)
     assert load_policy_file(path).start_options == StartOptions()  # as published
     save_policy(replace(random_policy(0), start_options=options), path)
     assert load_policy_file(path).start_options == options
