@@ -261,8 +261,8 @@ class LHOPT(CIAO):
         run = [self.total_steps, self.outer_steps, self._done_steps, len(self.registers)]
         return {
             **super()._said(),
-            "the policy": [self.policy.name, _fingerprint(self.policy), self._draws],
             "total_steps, outer_steps, steps done and restart registers": run,
+            "the policy": [self.policy.name, _fingerprint(self.policy), self._draws],
             "whether there is an eval_fn": self.eval_fn is not None,
         }
 
@@ -434,9 +434,9 @@ class LHOPT(CIAO):
         if saved is None:
             raise ValueError("the state dict has no 'lhopt' entry: it was not saved by LHOPT")
         mine = {
-            "fingerprint": _fingerprint(self.policy),
             "total_steps": self.total_steps,
             "outer_steps": self.outer_steps,
+            "fingerprint": _fingerprint(self.policy),  # which may depend on these
         }
         for name, value in mine.items():
             if saved[name] != value:
