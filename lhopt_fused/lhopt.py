@@ -21,8 +21,14 @@ from lhopt_fused.ciao import CIAO, LHOPT_START
 from lhopt_fused.compiled import traced_observe
 from lhopt_fused.history import OuterStep
 from lhopt_fused.kernels import BackendName
-from lhopt_fused.policy import LearnedPolicy, Policy, RunDecision, RunObservation, load_policy
-from lhopt_fused.policy.base import policy_for_run
+from lhopt_fused.policy import (
+    LearnedPolicy,
+    Policy,
+    RunDecision,
+    RunObservation,
+    load_policy,
+    policy_for_run,
+)
 from lhopt_fused.policy.plain import moved
 from lhopt_fused.ranks import Ranks
 from lhopt_fused.registers import RestartRegisters, state_bytes
@@ -78,9 +84,12 @@ class LHOPT(CIAO):
         eval_fn: called without gradients at the end of each outer step; returns the eval loss.
         callback: called with the :class:`OuterStep` at the end of each outer step; for example
             :func:`lhopt_fused.history.tensorboard_callback` of a ``SummaryWriter``.
-        start: other keywords of :class:`CIAO`, to start elsewhere than the policy says.
+        start: other keywords of :class:`CIAO`, to start elsewhere than the policy says. Where it
+            starts, and how far it may take the learning rate, may depend on ``total_steps``: see
+            :meth:`lhopt_fused.policy.StartOptions.for_run`.
 
     Attributes:
+        policy: as runs of ``total_steps`` have it.
         history: an :class:`OuterStep` for each outer step so far.
         registers: the restart registers.
         observes_closure: whether the loss that a closure returns counts as a train loss; False

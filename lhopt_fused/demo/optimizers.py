@@ -13,8 +13,7 @@ from lhopt_fused.adamw import AdamW
 from lhopt_fused.ciao import CIAO
 from lhopt_fused.demo.text import InputError
 from lhopt_fused.lhopt import LHOPT
-from lhopt_fused.policy import LearnedPolicy, Policy, PolicyFileError, load_policy
-from lhopt_fused.policy.base import policy_for_run
+from lhopt_fused.policy import LearnedPolicy, Policy, PolicyFileError, load_policy, policy_for_run
 from lhopt_fused.types import BackendUnavailableError
 
 if TYPE_CHECKING:

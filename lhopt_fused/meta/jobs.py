@@ -126,7 +126,7 @@ class Job:
         )
 
     def rival(self, start: Mapping[str, float], control: HandControl) -> Rival:
-        """The hand control, as episodes are to beat it."""
+        """A possible hand control, as episodes are to beat it."""
         settings = self.config.policy.settings({**start, "lr": control.lr})
         schedule = CONTROL_SCHEDULES[control.schedule]
         return Rival(settings, schedule, self.config.win_weight)
@@ -189,11 +189,11 @@ class ScoreControls(Job):
 
     def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         tasks = sample_tasks(self.setting, self.config.device, self.data_dir)
-        grid = control_grid()
+        rivals = [self.rival(self.start, control) for control in control_grid()]
         losses = final_losses(
             tasks,
-            [self.config.policy.settings({**self.start, "lr": c.lr}) for c in grid],
-            [CONTROL_SCHEDULES[control.schedule] for control in grid],
+            [rival.settings for rival in rivals],
+            [rival.schedule for rival in rivals],
             self.setting.total_steps,
         )
         curve = _fit(curves(tasks, self.setting.total_steps, self.config.baseline))

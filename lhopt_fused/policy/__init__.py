@@ -1,6 +1,13 @@
 """Policies: what they see, how they decide, and the files that hold them."""
 
-from lhopt_fused.policy.base import Policy, PolicyRun, RunDecision, RunObservation, StartOptions
+from lhopt_fused.policy.base import (
+    Policy,
+    PolicyRun,
+    RunDecision,
+    RunObservation,
+    StartOptions,
+    policy_for_run,
+)
 from lhopt_fused.policy.decision import Decision, DecisionMode, PolicyState, policy_step
 from lhopt_fused.policy.features import FEATURES, FEATURES_HASH, FeatureState, Observation
 from lhopt_fused.policy.file import PolicyFileError, inspect_policy, load_policy_file, save_policy
@@ -31,6 +38,7 @@ __all__ = [
     "inspect_policy",
     "load_policy",
     "load_policy_file",
+    "policy_for_run",
     "policy_step",
     "save_policy",
 ]
