@@ -205,6 +205,8 @@ def moments_kernel(
             # What is left out adds nothing to any sum but |p|^2.
             u, m_hat = tl.where(taken, u, 0.0), tl.where(taken, m_hat, 0.0)
             m = tl.where(taken, m, 0.0)
+        if COLUMNS > 0:
+            param_sq, update_sq = tl.sum(p * p, axis=1), tl.sum(u * u, axis=1)
         if MOMENT_DTYPE == tl.float32:  # noqa: SIM300
             store_moments(
                 new_m, new_v, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, indices, inside, offset,
@@ -220,7 +222,6 @@ def moments_kernel(
             same = taken & exchange_signs(signs_ptr, offset, length, g, ROWS, VECTOR)
             same_sign_grad = count(same)
         if COLUMNS > 0:
-            param_sq, update_sq = tl.sum(p * p, axis=1), tl.sum(u * u, axis=1)
             new_param_sq, masked = tl.sum(kept * kept, axis=1), tl.zeros([ROWS], tl.float32)
             if MASKS:
                 masked = count(inside != taken)

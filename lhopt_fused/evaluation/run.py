@@ -26,7 +26,7 @@ __all__ = ["PROTOCOL", "CurvePoint", "RunResult", "RunSpec", "run", "run_task"]
 PROTOCOL: Final = "1"
 """Changes with what a run does: results of different protocols are not compared."""
 
-_CURVE_POINTS: Final = 24
+_CURVE_POINTS: Final = 12  # at budget 1, where curves are drawn; else the end alone
 _SHOWN_BATCHES: Final = 4  # how many are evaluated for a policy, at each of its decisions
 _REFRESH_BATCHES: Final = 8  # passed through the model where weights change for a judgement
 
@@ -90,7 +90,8 @@ class RunResult:
         report_loss: on the report split; inf where the run diverged.
         metrics: on the report split, by name.
         eval_loss: on the split that policies see, at the end; inf where the run diverged.
-        curve: about 24 points, evenly spread, from step 0 to the last.
+        curve: about 12 points, evenly spread, from step 0 to the last; these two alone but at
+            budget 1.
         seconds: of training: batches, gradients, steps.
         optimizer_seconds: of these, in the optimizer, with what a policy costs.
         trajectory: of a policy: progress and the eight hyperparameters after each outer step.
@@ -134,7 +135,7 @@ def run_task(task: Task, spec: RunSpec, device: str = "cpu") -> RunResult:
 
 class _Run:
     def __init__(self, task: Task, spec: RunSpec, device: torch.device) -> None:
-        self.task, self.device = task, device
+        self.task, self.spec, self.device = task, spec, device
         self.total = max(1, round(spec.budget * task.steps))
         self.model = task.make_model().to(device)
         self.model.train()
@@ -147,7 +148,8 @@ class _Run:
         self.curve: list[CurvePoint] = []
 
     def train(self) -> RunResult:
-        points = {round(i * self.total / _CURVE_POINTS) for i in range(_CURVE_POINTS + 1)}
+        count = _CURVE_POINTS if self.spec.budget == 1 else 1
+        points = {round(i * self.total / count) for i in range(1, count + 1)}
         self._measure(0, [])
         losses: list[torch.Tensor] = []
         done = 0
