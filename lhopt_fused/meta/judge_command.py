@@ -39,7 +39,7 @@ def meta_validate(
     tasks: _Tasks = 6,
     heldout: Annotated[int, typer.Option(help="Tasks of each held-out family and length.")] = 2,
     trust: Annotated[
-        TrustName | None, typer.Option(help="Trust ratios; else as it was trained.")
+        TrustName | None, typer.Option(help="Trust ratios; else those that the policy wants.")
     ] = None,
     hidden_eval: Annotated[
         float | None,
