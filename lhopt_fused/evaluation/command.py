@@ -45,6 +45,13 @@ def evaluate(
             "for several."
         ),
     ] = None,
+    eval_loss: Annotated[
+        bool,
+        typer.Option(
+            "--eval-loss",
+            help="Show policies the loss on their split at each decision, which takes time.",
+        ),
+    ] = False,
     seeds: Annotated[
         int | None,
         typer.Option(min=1, help="Runs of each configuration; 3 if not given, 1 with --quick."),
@@ -73,7 +80,7 @@ def evaluate(
         from lhopt_fused.evaluation.exchange import STORE_NAME
         from lhopt_fused.evaluation.store import Store
 
-        chosen = _plan(tasks, size, optimizers, policy or [], seeds, quick)
+        chosen = _plan(tasks, size, optimizers, policy or [], eval_loss, seeds, quick)
         store = Store(out / STORE_NAME)
         finished = _run(chosen, store, data_dir, device, workers)
         rows = [row for row in store.rows() if row.spec.task in chosen.tasks]
@@ -84,7 +91,13 @@ def evaluate(
 
 
 def _plan(
-    tasks: str, size: str, optimizers: str, policies: Sequence[str], seeds: int | None, quick: bool
+    tasks: str,
+    size: str,
+    optimizers: str,
+    policies: Sequence[str],
+    eval_loss: bool,
+    seeds: int | None,
+    quick: bool,
 ) -> Plan:
     """What is to be run.
 
@@ -106,7 +119,7 @@ def _plan(
         tasks=list(SHORT) if quick and tasks == "all" else names("--tasks", tasks, list(TASKS)),
         size=names("--size", size, list(SIZES))[0],
         optimizers=chosen,
-        policies=[policy_configuration(policy) for policy in played],
+        policies=[policy_configuration(policy, eval_loss=eval_loss) for policy in played],
         seeds=seeds or (1 if quick else 3),
         quick=quick,
     )

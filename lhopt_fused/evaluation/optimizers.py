@@ -25,6 +25,8 @@ from lhopt_fused.schedules import GRID, SCHEDULES, Schedule
 
 __all__ = [
     "CONTENDERS",
+    "HIDDEN",
+    "SHOWN",
     "Configuration",
     "Contender",
     "ContenderError",
@@ -39,6 +41,10 @@ Configuration = Mapping[str, float | str]
 """Hyperparameters by name; ``schedule`` names one of ``schedules.SCHEDULES``."""
 
 EvalLoss = Callable[[], float]
+
+SHOWN: Final = "shown"
+HIDDEN: Final = "hidden"
+"""Eval losses, to a policy: ``eval_loss`` of its configuration."""
 
 
 class ContenderError(Exception):
@@ -169,10 +175,14 @@ def default_policy() -> str:
     return str(inspect.signature(LHOPT).parameters["policy"].default)
 
 
-def policy_configuration(policy: str) -> Configuration:
+def policy_configuration(policy: str, *, eval_loss: bool = False) -> Configuration:
     """The configuration of LHOPT with a policy: where it is found, and what identifies it.
 
-    That is what it decides and where it starts.
+    That is what it decides, where it starts and what it is shown.
+
+    Args:
+        policy: a built-in policy or a policy file.
+        eval_loss: whether it is shown the loss on its split at each decision, which takes time.
 
     Raises:
         FileNotFoundError, PolicyFileError: there is no such policy.
@@ -183,7 +193,13 @@ def policy_configuration(policy: str) -> Configuration:
     start = {**found.start_options.to_plain(), **found.start_hyperparameters}
     identified = json.dumps([probe.state_dict()["lhopt"]["fingerprint"], start], sort_keys=True)
     fingerprint = hashlib.sha256(identified.encode()).hexdigest()
-    return {"policy": policy, "name": found.name, "fingerprint": fingerprint}
+    shown = SHOWN if eval_loss else HIDDEN
+    return {
+        "policy": policy,
+        "name": found.name,
+        "fingerprint": fingerprint,
+        "eval_loss": shown,
+    }
 
 
 # ---------------------------------------------------------------------- how each is built
@@ -251,7 +267,7 @@ def _lhopt(model: nn.Module, given: Configuration, steps: int, eval_loss: EvalLo
         steps,
         policy=policy,
         restart_registers=REGISTERS if policy.action_space.registers else 0,
-        eval_fn=eval_loss,
+        eval_fn=eval_loss if given["eval_loss"] == SHOWN else None,
     )
     return Stepper(optimizer, steps)
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from lhopt_fused.evaluation.optimizers import CONTENDERS
+from lhopt_fused.evaluation.optimizers import CONTENDERS, SHOWN
 from lhopt_fused.evaluation.plan import BASELINE, by_configuration, is_at_one, ranked
 from lhopt_fused.evaluation.rows import Row
 from lhopt_fused.evaluation.statistics import (
@@ -363,10 +363,11 @@ def _seed(row: Row) -> int:
 
 
 def _label(row: Row) -> str:
-    """Of an optimizer, with the policy of LHOPT."""
+    """Of an optimizer, with the policy of LHOPT and whether it is shown eval losses."""
     label = CONTENDERS[row.spec.optimizer].label
     policy = row.spec.configuration.get("name")
-    return label if policy is None else f"{label}: {policy}"
+    shown = " with eval losses" if row.spec.configuration.get("eval_loss") == SHOWN else ""
+    return label if policy is None else f"{label}: {policy}{shown}"
 
 
 def _is_default(row: Row) -> bool:

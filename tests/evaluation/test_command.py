@@ -82,7 +82,7 @@ def test_an_empty_store_has_no_report(tmp_path: Path) -> None:
 
 
 def test_quick_is_for_a_first_look() -> None:
-    given = ("all", "small", "adamw", [])
+    given = ("all", "small", "adamw", [], False)
     whole, quick, asked = (
         command._plan(*given, seeds=None, quick=False),
         command._plan(*given, seeds=None, quick=True),

@@ -28,7 +28,7 @@ HERE = Circumstances("d" * 64, '{"lhopt-fused": "0.1.0", "torch": "2.7"}', "cpu"
 CONSTANT: Configuration = {"lr": 1e-3, "schedule": "constant"}
 LINEAR: Configuration = {"lr": 3e-3, "schedule": "linear"}
 WORST: Configuration = {"lr": 1e-2, "schedule": "constant"}
-COSINE: Configuration = {"name": "cosine", "fingerprint": "f" * 64}
+COSINE: Configuration = {"name": "cosine", "fingerprint": "f" * 64, "eval_loss": "hidden"}
 POLICY = "LHOPT: cosine"
 TUNED_LOSSES = {0.5: 3.0, 1.0: 2.0, 2.0: 1.5, 4.0: 1.25}
 
@@ -139,6 +139,9 @@ def test_the_last_form_of_a_policy_counts() -> None:
     spec = replace(rows[-1].spec, configuration={**COSINE, "fingerprint": "e" * 64})
     rows.append(Row(99, spec, HERE, result(1.75)))
     assert [row.id for row in TaskSummary(rows).best[POLICY]] == [99]
+    shown = replace(spec, configuration={**COSINE, "eval_loss": "shown"})
+    rows.append(Row(100, shown, HERE, result(1.25)))
+    assert TaskSummary(rows).best.keys() >= {POLICY, f"{POLICY} with eval losses"}
 
 
 CIAO: Configuration = {"lr": 3e-2, "schedule": "linear"}

@@ -96,10 +96,14 @@ def test_the_report_split_is_only_looked_at_once() -> None:
             seen.append(len(batch[0]))
             return super().scores(model, batch)
 
-    run_task(Watched(steps=32), spec("lhopt", policy_configuration("cosine")))
+    cosine = policy_configuration("cosine", eval_loss=True)
+    run_task(Watched(steps=32), spec("lhopt", cosine))
     assert seen[-2:] == [256, 44]  # 300 examples, in chunks
     assert seen[:-2].count(40) == 13  # the curve
     assert seen[:-2].count(32) == 2  # four batches at each of the policy's decisions
+    seen.clear()
+    run_task(Watched(steps=32), spec("lhopt", policy_configuration("cosine")))
+    assert seen.count(32) == 0  # it is not shown eval losses unless asked for
 
 
 def test_scores_are_means_over_examples() -> None:
@@ -202,7 +206,9 @@ def test_a_policy_is_known_by_what_it_does() -> None:
     assert cosine["fingerprint"] != fixed["fingerprint"]
     moved = {**cosine, "policy": "/elsewhere/cosine.json"}
     one, other = spec("lhopt", cosine), spec("lhopt", moved)
+    shown = spec("lhopt", policy_configuration("cosine", eval_loss=True))
     assert one.hyperparameters == other.hyperparameters != spec("lhopt", fixed).hyperparameters
+    assert one.hyperparameters != shown.hyperparameters
     assert default_policy() in builtin_policies()
 
 
