@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lhopt_fused import CIAO
+from lhopt_fused import CIAO, AdamW
 
 STEPS = 9
 CASES = [("reference", "lhopt"), ("reference", "lhopt_delayed")]
@@ -21,6 +21,10 @@ CASES += [("cpu", name) for name in CIAO_OPTIONS]
 
 SHAPES = ((8, 5), (5,), (3, 4, 3), (1,), (), (1, 3), (33, 17), (2, 6))
 """Of parameters: some have fewer rows than there are ranks, so that pieces are empty."""
+
+
+FEW_BITS_SHAPES = ((33, 128), (3, 32, 64), (1, 64))
+"""The first two take blocks."""
 
 
 def sharded_by_rows(ranks: int) -> list[Any]:
@@ -46,8 +50,9 @@ def sharded_in_many_ways(ranks: int) -> list[Any]:
 
 
 def place(tensor: torch.Tensor, how: tuple[DeviceMesh, Sequence[Placement]] | None) -> torch.Tensor:
-    """A copy of ``tensor``, the same on every rank, laid out as said."""
-    return tensor.clone() if how is None else distribute_tensor(tensor.clone(), *how)
+    """A copy of ``tensor``, the same on every rank, laid out as said, without a message."""
+    copied = tensor.clone()
+    return copied if how is None else distribute_tensor(copied, *how, src_data_rank=None)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,6 +144,24 @@ def triton_trajectory(rank: int, ranks: int, name: str, nonfinite: str) -> dict[
     """A few steps in Triton's interpreter, which is slow."""
     keywords = {"backend": "triton", "nonfinite": nonfinite, "steps": 3}
     return trajectory(rank, ranks, sharded_by_rows, name, **keywords)
+
+
+def few_bits(rank: int, ranks: int, keywords: dict[str, Any]) -> str:
+    """Bits that a few steps of bfloat16 parameters, cut into rows of whole blocks, come to.
+
+    Nothing of these steps sums over elements, so that they do not depend on the number of ranks.
+    """
+    mesh = init_device_mesh("cpu", (ranks,))
+    wholes = make_params(torch.bfloat16, FEW_BITS_SHAPES)
+    params = [torch.nn.Parameter(place(p.detach(), (mesh, [Shard(0)]))) for p in wholes]
+    optimizer = AdamW(params, **keywords)
+    for step in range(3):
+        set_grads(wholes, step)
+        for param, given in zip(params, wholes, strict=True):
+            param.grad = None if given.grad is None else place(given.grad, (mesh, [Shard(0)]))
+        optimizer.step()
+    kept = [x for p in params for _, x in sorted(optimizer.state[p].items()) if x.dim()]
+    return bits([whole(x.detach().float()) for x in (*params, *kept)])  # no int16 goes over gloo
 
 
 def trajectories(rank: int, ranks: int) -> dict[tuple[str, str, str], dict[str, Any]]:
