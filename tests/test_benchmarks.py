@@ -89,7 +89,7 @@ def test_gate_refuses_nan() -> None:
 
 def test_the_gpu_check_names_every_file_with_tests_for_a_gpu() -> None:
     script = (ROOT / "benchmarks/gpu_check.sh").read_text()
-    for_gpus = re.compile(r"mark\.gpu|\bwith_triton\(|\bMARKS\b")
+    for_gpus = re.compile(r"mark\.gpu|\bwith_triton\(|\bMARKS\b|\bworlds\b|\bDEVICES\b")
     found = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CIAO_OPTIONS, make_params, set_grads
+from distributed.launch import device
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lhopt_fused import CIAO, AdamW
+from lhopt_fused.ranks import Ranks, is_sharded
 
 STEPS = 9
-CASES = [("reference", "lhopt"), ("reference", "lhopt_delayed")]
-CASES += [("cpu", name) for name in CIAO_OPTIONS]
+FUSED = {"cpu": "cpu", "cuda": "triton"}
+CASES = {device: [(backend, name) for name in CIAO_OPTIONS] for device, backend in FUSED.items()}
+CASES["cpu"] += [("reference", "lhopt"), ("reference", "lhopt_delayed")]
 
 SHAPES = ((8, 5), (5,), (3, 4, 3), (1,), (), (1, 3), (33, 17), (2, 6))
 """Of parameters: some have fewer rows than there are ranks, so that pieces are empty."""
@@ -29,13 +34,13 @@ FEW_BITS_SHAPES = ((33, 128), (3, 32, 64), (1, 64))
 
 def sharded_by_rows(ranks: int) -> list[Any]:
     """As FSDP2 does: everything along its first dimension; a scalar is copied."""
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(device().type, (ranks,))
     return [(mesh, (Shard(0),) if shape else (Replicate(),)) for shape in SHAPES]
 
 
 def sharded_in_many_ways(ranks: int) -> list[Any]:
     """A tensor-parallel mesh, parts of it, copies, plain tensors: one of each."""
-    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "model"))
+    mesh = init_device_mesh(device().type, (ranks // 2, 2), mesh_dim_names=("data", "model"))
     data = mesh["data"]
     return [
         (mesh, (Shard(0), Shard(1))),
@@ -56,9 +61,38 @@ def place(tensor: torch.Tensor, how: tuple[DeviceMesh, Sequence[Placement]] | No
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole tensor, on every rank."""
+    """A copy of the whole tensor, on the CPU of every rank."""
     held = tensor.detach()
-    return held.full_tensor() if isinstance(held, DTensor) else held.clone()
+    if not isinstance(held, DTensor):
+        return held.to("cpu", copy=True)
+    on_device = DTensor.from_local(  # where its mesh is; pieces may be kept in host memory
+        held.to_local().to(device()),
+        held.device_mesh,
+        held.placements,
+        run_check=False,
+        shape=held.shape,
+        stride=held.stride(),
+    )
+    return on_device.full_tensor().cpu()
+
+
+def uses_exact_trust(options: str) -> bool:
+    """Whether trust ratios wait for the norms of their own step."""
+    keywords = CIAO_OPTIONS[options]
+    return "lamb_power" in keywords and keywords.get("trust") != "delayed"
+
+
+@contextmanager
+def one_of_many(ranks: int) -> Iterator[None]:
+    """Let a rank that is on its own step pieces, and send messages, as one of several does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks == 1:
+            patch.setattr("lhopt_fused.optimizer.is_piece", is_sharded)
+            patch.setattr(
+                "lhopt_fused.optimizer.ranks_of",
+                lambda params, group: None if group is None else Ranks(dist.group.WORLD),
+            )
+        yield
 
 
 class Twins:
@@ -66,7 +100,7 @@ class Twins:
 
     def __init__(self, layout: list[Any], options: dict[str, Any], **keywords: Any) -> None:
         self.layout = layout
-        self.single = make_params(shapes=SHAPES)
+        self.single = make_params(shapes=SHAPES, device=device().type)
         self.sharded = [
             torch.nn.Parameter(place(p.detach(), how))
             for p, how in zip(self.single, layout, strict=True)
@@ -111,7 +145,7 @@ def trajectory(
         twins.step(step)
     messages = [twins.messages(step) for step in range(steps - 2, steps)]
     both = twins.optimizer, twins.alone
-    statistics = [{k: v.clone() for k, v in o.statistics().items()} for o in both]
+    statistics = [{k: v.to("cpu", copy=True) for k, v in o.statistics().items()} for o in both]
     reached = [whole(p) for p in twins.sharded], [whole(p) for p in twins.single]
     moments = [
         [whole(o.state[p]["exp_avg"]) for p in params]
@@ -167,15 +201,25 @@ def few_bits(rank: int, ranks: int, keywords: dict[str, Any]) -> str:
 def trajectories(rank: int, ranks: int) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Of every layout, backend and choice of options; a few of them twice."""
     layouts = [sharded_by_rows] + ([sharded_in_many_ways] if ranks == 4 else [])
-    found = {}
-    for layout in layouts:
-        for backend, name in CASES:
-            key = layout.__name__, backend, name
-            found[key] = trajectory(rank, ranks, layout, name, backend=backend)
-        again = trajectory(rank, ranks, layout, "lhopt", backend="cpu")
-        found[layout.__name__, "again", "lhopt"] = again
-        with pytest.MonkeyPatch.context() as patch:  # copies count each
-            patch.setattr("lhopt_fused.optimizer.counts_here", lambda param, ranks: True)
-            wrong = trajectory(rank, ranks, layout, "lhopt", backend="cpu")
-        found[layout.__name__, "wrong", "lhopt"] = wrong
+    with one_of_many(ranks):
+        return {
+            (layout.__name__, *key): outcome
+            for layout in layouts
+            for key, outcome in _trajectories(rank, ranks, layout).items()
+        }
+
+
+def _trajectories(
+    rank: int, ranks: int, layout: Callable[[int], list[Any]]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    kind = device().type
+    found = {
+        (backend, name): trajectory(rank, ranks, layout, name, backend=backend)
+        for backend, name in CASES[kind]
+    }
+    found["again", "lhopt"] = trajectory(rank, ranks, layout, "lhopt", backend=FUSED[kind])
+    with pytest.MonkeyPatch.context() as patch:  # copies count each, or none
+        patch.setattr("lhopt_fused.optimizer.counts_here", lambda param, group: ranks > 1)
+        wrong = trajectory(rank, ranks, layout, "lhopt", backend=FUSED[kind])
+    found["wrong", "lhopt"] = wrong
     return found
