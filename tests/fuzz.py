@@ -45,13 +45,16 @@ RANKS: Final = 4
 STEPS: Final = 5
 BATCH: Final = 100  # combinations in one start of the ranks, which is given 300 seconds
 
+BLOCK_SHAPES: Final = ((64, 64), (33, 128), (16, 512), (3, 32, 64), (64, 4, 4, 4))
+"""Of tensors that take blocks."""
+
 DTYPES: Final = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES: Final = (
     *((), (0, 3), (1,), (5,), (8,), (257,), (1, 3), (8, 5), (33, 17), (64, 64), (5, 1)),
     *((3, 4, 3), (2, 3, 3, 3), (4, 1, 2), (1000,)),
-    *((33, 128), (16, 512), (3, 32, 64), (64, 4, 4, 4), (0, 64)),
+    *(*BLOCK_SHAPES[1:], (0, 64)),
 )
-"""Some take blocks; some have fewer rows than there are ranks, so that pieces are empty."""
+"""Some have fewer rows than there are ranks, so that pieces are empty."""
 LAYOUTS: Final = ("dense", "dense", "transposed", "gapped")
 SHARDINGS: Final = ("alone", "alone", "copies", "rows", "meshes")
 BACKENDS: Final = ("fast", "fast", "fast", "reference")
@@ -72,6 +75,12 @@ COMMON: Final[dict[str, tuple[Any, ...]]] = {
     "rounding_seed": (0, 3),
 }
 """Of every optimizer: keyword -> the values that are drawn."""
+
+TOGETHER: Final[tuple[dict[str, Any], ...]] = (
+    *[{}] * 4,
+    {"moments": "int8", "master_weights": "split8"},
+)
+"""On top of that, what is meant to be used together, with bfloat16 parameters that take blocks."""
 
 CIAO_GROUP: Final[dict[str, tuple[Any, ...]]] = {
     "lr": (1e-4, 1e-3, 1e-2),
@@ -188,11 +197,14 @@ def _any(chance: random.Random) -> Combination:
     _, group_table, run_table = KINDS[kind]
     sharding = chance.choice(SHARDINGS)
     shapes = tuple(chance.choice(SHAPES) for _ in range(chance.randint(1, 5)))
+    dtype, together = chance.choice(DTYPES), chance.choice(TOGETHER)
+    if together:
+        dtype, shapes = torch.bfloat16, (chance.choice(BLOCK_SHAPES), *shapes[1:])
     return Combination(
         seed=chance.randrange(2**31),
         kind=kind,
         backend=chance.choice(BACKENDS),
-        dtype=chance.choice(DTYPES),
+        dtype=dtype,
         shapes=shapes,
         layouts=tuple(chance.choice(LAYOUTS) if sharding == "alone" else "dense" for _ in shapes),
         sharding=sharding,
@@ -200,6 +212,7 @@ def _any(chance: random.Random) -> Combination:
         keywords={
             **{name: chance.choice(values) for name, values in run_table.items()},
             **some_of(chance, COMMON),
+            **together,
         },
         groups=tuple(
             some_of(chance, group_table) for _ in range(chance.randint(1, min(3, len(shapes))))
