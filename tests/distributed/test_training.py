@@ -19,6 +19,7 @@ from distributed.training import (
     make_model,
     one_dies,
     refusals,
+    through_full_states,
     with_registers,
 )
 from distributed.worlds import GPUS, on, worlds
@@ -137,6 +138,14 @@ def test_codes_and_split_masters_do_not_see_the_number_of_ranks(
     assert of["third"][1] != of["second"][1]
     kept = ["torch.int8", "torch.bfloat16", "torch.uint8", "torch.bfloat16", "torch.int8"]
     assert of["third"][2] == of["first"][2] == kept
+
+
+@pytest.mark.parametrize("from_first", [False, True])
+@pytest.mark.parametrize(("device", "ranks"), worlds(2))
+def test_goes_on_with_whole_states(device: str, ranks: int, from_first: bool) -> None:
+    """As those write that keep a checkpoint in one file."""
+    for throughout, resumed in run_ranks(through_full_states, ranks, from_first, device=device):
+        assert resumed == throughout
 
 
 def test_registers_in_use_go_into_a_checkpoint(tmp_path: Path) -> None:

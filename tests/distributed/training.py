@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from distributed.launch import device
 from distributed.runs import bits, one_of_many, whole
 from policy.samples import random_policy
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -208,6 +210,38 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     train(model, optimizer, first, last, slice(8))
     save(model, optimizer, Path(ends))
     return begun, reached(model, optimizer), kept
+
+
+def through_full_states(rank: int, ranks: int, from_first: bool) -> list[str]:
+    """Bits of a run, and of one that goes on with its whole state in the middle.
+
+    With ``from_first``, rank 0 alone has it.
+    """
+
+    def begun() -> tuple[torch.nn.Module, CIAO]:
+        model = sharded(make_model(), ranks)
+        return model, CIAO.lhopt(model.parameters(), lr=1e-2)
+
+    def go_on(model: torch.nn.Module, optimizer: CIAO, first: int, last: int) -> str:
+        for step in range(first, last):
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        params = bits([whole(p) for p in model.parameters()])
+        return params + repr(optimizer.pop_inner_features(extra=True))
+
+    model, optimizer = begun()
+    go_on(model, optimizer, 0, STEPS // 2)
+    whole_states = StateDictOptions(full_state_dict=True, cpu_offload=from_first)
+    kept = copy.deepcopy(get_model_state_dict(model, options=whole_states))
+    of_optimizer = get_optimizer_state_dict(model, optimizer, options=whole_states)
+    of_optimizer = copy.deepcopy(of_optimizer)
+    other, resumed = begun()
+    loads = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_first)
+    set_model_state_dict(other, kept, options=loads)
+    set_optimizer_state_dict(other, resumed, of_optimizer, options=loads)
+    runs = (model, optimizer), (other, resumed)
+    return [go_on(*run, STEPS // 2, STEPS) for run in runs]
 
 
 def with_registers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
