@@ -664,7 +664,8 @@ class MeasuredOptimizer(Optimizer):
     def _carry(saved: dict[str, Any], key: str, value: dict[str, Any]) -> dict[str, Any]:
         """Put ``value`` into a state dict, and into its first group: it is ``param_groups`` and
         ``state`` alone that torch.distributed.checkpoint keeps. In a tuple, it is one thing there:
-        what has more entries than in the optimizer that loads it is kept whole."""
+        what has more entries than in the optimizer that loads it is kept whole. Of a full state
+        dict, it hands a list back."""
         saved[key] = value
         saved["param_groups"][0][key] = (value,)
         return saved
@@ -674,7 +675,7 @@ class MeasuredOptimizer(Optimizer):
         """What :meth:`_carry` has put there; None if there is nothing."""
         places = (state_dict, *state_dict.get("param_groups", ()))
         value = next((place[key] for place in places if key in place), None)
-        return value[0] if isinstance(value, tuple) else value
+        return value[0] if isinstance(value, tuple | list) else value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.

@@ -104,24 +104,26 @@ def _difference(texts: Sequence[str], other: int) -> str:
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a DTensor."""
-    found = type(tensor)
-    if found in (torch.Tensor, torch.nn.Parameter):
-        return False  # as nearly all are, whether or not DTensor has been imported
-    return found.__name__ == "DTensor" and _is_dtensor(tensor)
+    return _is_dtensor(type(tensor))
 
 
-def _is_dtensor(tensor: torch.Tensor) -> bool:
+@functools.cache
+def _is_dtensor(kind: type) -> bool:
+    if kind.__name__ != "DTensor":  # so that nothing is imported for the others
+        return False
     from torch.distributed.tensor import DTensor
 
-    return isinstance(tensor, DTensor)
+    return issubclass(kind, DTensor)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The piece of a DTensor that this rank has, without a copy; other tensors as they are."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return local_tensor(tensor)
+    local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     wait = getattr(local, "wait", None)  # of a piece that is still on its way
     return local if wait is None else wait()
 

@@ -18,6 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 GOLDEN = Path(__file__).parent / "golden"
 
+DEVICES: list[Any] = ["cpu"]
+"""Of tests that run on the CPU and where there is a GPU."""
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
 SHAPES: tuple[tuple[int, ...], ...] = ((8, 5), (5,), (3, 4, 3, 3), (1,), (), (0, 3), (33, 129))
 """Matrices, vectors, a kernel, a scalar, an empty one; none a multiple of a vector register."""
 

@@ -2,8 +2,12 @@
 
 ``PYTHONPATH=tests python -m fuzz --combinations 1000 --seed 0`` runs so many, on gloo ranks of this
 machine: sharded ones on all of them, the others on one each. What a combination is follows from the
-seed and its number alone; one that fails prints the command that runs it again. A new keyword is a
-line in one of the tables.
+seed and its number alone; one that fails prints the command that runs it again. With ``--backend
+triton`` and ``TRITON_INTERPRET=1`` in the environment, Triton's kernels take the place of the C++.
+A new keyword is a line in one of the tables.
+
+Where what is kept has fewer bits than it has been computed in, a last bit may decide which way it
+is rounded, and that goes on. Each step begins with the reference's numbers then.
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from distributed.launch import run_ranks
-from distributed.runs import place, whole
-from tolerances import SHARDED, TRAJECTORY, Tolerance, assert_close, statistics_scale
+from distributed.runs import place
+from stored import assert_same_moment
+from tolerances import SHARDED, SPLIT8, TRAJECTORY, Tolerance, assert_close, statistics_scale
 from tolerances import STATISTICS as STATISTICS_TOLERANCE
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -32,18 +38,26 @@ from torch.distributed.tensor import Replicate, Shard
 from benchmarks import report
 from lhopt_fused import CIAO, LHOPT, AdamW
 from lhopt_fused.kernels import BackendName
+from lhopt_fused.kernels.formats import BLOCK, QUANTISED, join_master, takes_blocks
+from lhopt_fused.ranks import local_tensor
 
 RANKS: Final = 4
 STEPS: Final = 5
 BATCH: Final = 100  # combinations in one start of the ranks, which is given 300 seconds
 
+BLOCK_SHAPES: Final = ((64, 64), (33, 128), (16, 512), (3, 32, 64), (64, 4, 4, 4))
+"""Of tensors that take blocks."""
+
 DTYPES: Final = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES: Final = (
     *((), (0, 3), (1,), (5,), (8,), (257,), (1, 3), (8, 5), (33, 17), (64, 64), (5, 1)),
     *((3, 4, 3), (2, 3, 3, 3), (4, 1, 2), (1000,)),
+    *(*BLOCK_SHAPES[1:], (0, 64)),
 )
+"""Some have fewer rows than there are ranks, so that pieces are empty."""
 LAYOUTS: Final = ("dense", "dense", "transposed", "gapped")
 SHARDINGS: Final = ("alone", "alone", "copies", "rows", "meshes")
+BACKENDS: Final = ("fast", "fast", "fast", "reference")
 GRADIENTS: Final[dict[str, tuple[Any, ...]]] = {
     "scale": (1e-3, 1.0, 1.0, 100.0),
     "zeros": (0.0, 0.1, 0.9),
@@ -55,11 +69,18 @@ COMMON: Final[dict[str, tuple[Any, ...]]] = {
     "nonfinite": ("skip", "mask"),
     "inner_feature_frequency": (None, 0, 1, 2),
     "keep_grad_signs": (False, True),
-    "master_weights": (False, True),
+    "master_weights": (False, True, "split8", "split16"),
+    "moments": ("float32", "bfloat16", "int8"),
     "rounding": ("nearest", "stochastic"),
     "rounding_seed": (0, 3),
 }
 """Of every optimizer: keyword -> the values that are drawn."""
+
+TOGETHER: Final[tuple[dict[str, Any], ...]] = (
+    *[{}] * 4,
+    {"moments": "int8", "master_weights": "split8"},
+)
+"""On top of that, what is meant to be used together, with bfloat16 parameters that take blocks."""
 
 CIAO_GROUP: Final[dict[str, tuple[Any, ...]]] = {
     "lr": (1e-4, 1e-3, 1e-2),
@@ -106,6 +127,15 @@ KINDS: Final[dict[str, tuple[Any, dict[str, tuple[Any, ...]], dict[str, tuple[An
 }
 
 
+KEPT: Final = frozenset(f"{name}{what}" for name in QUANTISED for what in ("", "_scale")) | {
+    "master_param",
+    "master_correction",
+}
+"""Names of state that has an entry for each element or block."""
+
+Held = dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Combination:
     """One run: what is stepped, how it is laid out, and by what.
@@ -119,6 +149,7 @@ class Combination:
 
     seed: int
     kind: str
+    backend: str
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
     layouts: tuple[str, ...]
@@ -126,6 +157,25 @@ class Combination:
     gradients: dict[str, float]
     keywords: dict[str, Any]
     groups: tuple[dict[str, Any], ...]
+
+    @property
+    def is_in_pieces(self) -> bool:
+        return self.sharding in ("rows", "meshes")
+
+    @property
+    def keeps_fewer_bits(self) -> bool:
+        """Whether parameters or moments have fewer bits than they are computed in."""
+        fewer = self.dtype == torch.float32 and self.moments != "float32"
+        return fewer or self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def goes_by_memory(self) -> bool:
+        """Whether an element's place in memory counts: for chance, for blocks, for dithering."""
+        return self.keywords.get("rounding") == "stochastic" or self.moments != "float32"
+
+    @property
+    def moments(self) -> str:
+        return str(self.keywords.get("moments", "float32"))
 
 
 # ---------------------------------------------------------------------- drawing
@@ -147,10 +197,14 @@ def _any(chance: random.Random) -> Combination:
     _, group_table, run_table = KINDS[kind]
     sharding = chance.choice(SHARDINGS)
     shapes = tuple(chance.choice(SHAPES) for _ in range(chance.randint(1, 5)))
+    dtype, together = chance.choice(DTYPES), chance.choice(TOGETHER)
+    if together:
+        dtype, shapes = torch.bfloat16, (chance.choice(BLOCK_SHAPES), *shapes[1:])
     return Combination(
         seed=chance.randrange(2**31),
         kind=kind,
-        dtype=chance.choice(DTYPES),
+        backend=chance.choice(BACKENDS),
+        dtype=dtype,
         shapes=shapes,
         layouts=tuple(chance.choice(LAYOUTS) if sharding == "alone" else "dense" for _ in shapes),
         sharding=sharding,
@@ -158,6 +212,7 @@ def _any(chance: random.Random) -> Combination:
         keywords={
             **{name: chance.choice(values) for name, values in run_table.items()},
             **some_of(chance, COMMON),
+            **together,
         },
         groups=tuple(
             some_of(chance, group_table) for _ in range(chance.randint(1, min(3, len(shapes))))
@@ -167,15 +222,12 @@ def _any(chance: random.Random) -> Combination:
 
 def is_refused(c: Combination) -> bool:
     """Whether it is no combination: the optimizer refuses it, as other tests check."""
-    is_pieces = c.sharding in ("rows", "meshes")
     draws = c.keywords.get("rounding") == "stochastic"
-    if is_pieces and (draws or c.keywords.get("keep_grad_signs")):
+    if c.is_in_pieces and (draws or c.keywords.get("keep_grad_signs")):
         return True
-    if draws and "transposed" in c.layouts:
-        return True  # not refused, but chance goes by the place in memory
     try:
-        built(c, made(c, whole_ones=True), "auto", alone=True)
-    except ValueError:
+        built(c, whole_params(c), "auto", alone=True)
+    except (TypeError, ValueError):
         return True
     return False
 
@@ -183,14 +235,21 @@ def is_refused(c: Combination) -> bool:
 # ---------------------------------------------------------------------- running
 
 
-def made(c: Combination, whole_ones: bool) -> list[torch.nn.Parameter]:
-    """The parameters: as the combination says, or whole and dense."""
+def whole_params(c: Combination) -> list[torch.nn.Parameter]:
+    """The parameters whole, and dense unless memory counts."""
+    return list(map(torch.nn.Parameter, _values(c, is_laid_out=c.goes_by_memory)))
+
+
+def placed_params(c: Combination) -> list[torch.nn.Parameter]:
+    """The parameters as the combination says."""
+    tensors = map(place, _values(c, is_laid_out=True), placements(c))
+    return list(map(torch.nn.Parameter, tensors))
+
+
+def _values(c: Combination, is_laid_out: bool) -> list[torch.Tensor]:
     values = [torch.randn(shape, generator=_draws(c, 0, i)) / 2 for i, shape in enumerate(c.shapes)]
     tensors = [value.to(c.dtype) for value in values]
-    if not whole_ones:
-        tensors = [_laid_out(x, layout) for x, layout in zip(tensors, c.layouts, strict=True)]
-        tensors = list(map(place, tensors, placements(c)))
-    return list(map(torch.nn.Parameter, tensors))
+    return list(map(_laid_out, tensors, c.layouts)) if is_laid_out else tensors
 
 
 def _draws(c: Combination, step: int, index: int) -> torch.Generator:
@@ -213,17 +272,26 @@ def _mesh(*shape: int) -> DeviceMesh:
 
 def placements(c: Combination) -> list[Any]:
     """For each parameter, a mesh and where the parameter is on it, or None for a plain tensor."""
-    if c.sharding in ("alone", "copies"):
+    if not c.is_in_pieces:
         return [None] * len(c.shapes)
     if c.sharding == "rows":
         return [(_mesh(RANKS), (Shard(0) if shape else Replicate(),)) for shape in c.shapes]
     chance = random.Random(c.seed)
-    return [_somewhere(_mesh(2, RANKS // 2), len(shape), chance) for shape in c.shapes]
+    square = _mesh(2, RANKS // 2)
+    return [_somewhere(square, _dims(c, torch.Size(shape)), chance) for shape in c.shapes]
 
 
-def _somewhere(square: Any, dims: int, chance: random.Random) -> Any:
+def _dims(c: Combination, shape: torch.Size) -> list[int]:
+    """Along which dimensions a parameter may be cut, whatever the number of ranks; blocks are
+    not."""
+    holds = len(shape) == 2 and shape[1] % (RANKS * BLOCK) == 0
+    is_whole = c.moments == "int8" and takes_blocks(shape) and not holds
+    return list(range(min(len(shape), 1 if is_whole else 2)))
+
+
+def _somewhere(square: Any, dims: Sequence[int], chance: random.Random) -> Any:
     """Anywhere on a mesh, on a row of it, or on none."""
-    ways = [Replicate(), *(Shard(dim) for dim in range(min(dims, 2)))]
+    ways = [Replicate(), *map(Shard, dims)]
     where = chance.choice(("plain", "row", "square", "square"))
     if where == "plain":
         return None
@@ -259,118 +327,204 @@ def gradients(c: Combination, step: int) -> list[torch.Tensor | None]:
     return drawn
 
 
-@dataclass
-class Reached:
-    """What a run has come to, in whole tensors."""
+class Side:
+    """One of the two runs that are compared.
 
-    params: list[torch.Tensor]
-    state: list[dict[str, torch.Tensor]]
-    statistics: dict[str, torch.Tensor]
-    skipped: int
+    Attributes:
+        params: whole, or as far as this rank has them.
+        where: each of them is, as :func:`placements` says.
+    """
 
+    def __init__(self, params: list[torch.nn.Parameter], where: list[Any], optimizer: Any) -> None:
+        self.params, self.where, self.optimizer = params, where, optimizer
 
-def run(c: Combination, spoilt: float = 1.0) -> Reached:
-    """What the combination comes to; ``spoilt`` is a factor of every learning rate."""
-    params = made(c, whole_ones=False)
-    optimizer = built(c, params, "auto", alone=c.sharding == "alone")
-    for group in optimizer.param_groups:
-        group["lr"] *= spoilt
-    return _stepped(c, optimizer, params, placements(c))
+    def step(self, grads: Sequence[torch.Tensor | None], factor: float = 1.0) -> None:
+        """A step with these whole gradients, multiplied by ``factor``."""
+        for param, grad, how in zip(self.params, grads, self.where, strict=True):
+            param.grad = None if grad is None else place(grad * factor, how)
+        self.optimizer.step()
 
+    def held(self, index: int) -> Held:
+        """A parameter, and what is kept of it by element or by block."""
+        param = self.params[index]
+        state = self.optimizer.state.get(param, {})
+        return {"param": param.detach(), **{name: x for name, x in state.items() if name in KEPT}}
 
-def reference(c: Combination) -> Reached:
-    """What the reference comes to, with whole tensors."""
-    params = made(c, whole_ones=True)
-    return _stepped(c, built(c, params, "reference", alone=True), params, [None] * len(params))
-
-
-def _stepped(
-    c: Combination,
-    optimizer: AdamW | CIAO,
-    params: Sequence[torch.nn.Parameter],
-    where: Sequence[Any],
-) -> Reached:
-    for step in range(STEPS):
-        for param, grad, how in zip(params, gradients(c, step), where, strict=True):
-            param.grad = None if grad is None else place(grad, how)
-        optimizer.step()
-    return _reached(optimizer, params)
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Those of the last step that took any, in the order of ``params``; {} if none did."""
+        measures = self.optimizer._settings["inner_feature_frequency"] != 0
+        if not measures or not self.optimizer.state:
+            return {}
+        listed = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        order = [listed.index(id(p)) for p in self.params]
+        return {name: values[order] for name, values in self.optimizer.statistics().items()}
 
 
-def _reached(optimizer: AdamW | CIAO, params: Sequence[torch.nn.Parameter]) -> Reached:
-    def held(param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        state = optimizer.state.get(param, {})
-        like = {name: x for name, x in state.items() if x.shape == param.shape}
-        return {name: whole(x).double() for name, x in like.items() if x.is_floating_point()}
+def tested(c: Combination, fast: BackendName) -> Side:
+    """The side under test."""
+    backend: BackendName = "reference" if c.backend == "reference" else fast
+    if c.dtype == torch.float64:
+        backend = "auto"
+    params = placed_params(c)
+    return Side(params, placements(c), built(c, params, backend, alone=c.sharding == "alone"))
 
-    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    order = [listed.index(id(p)) for p in params]
-    measures = optimizer._settings["inner_feature_frequency"] != 0
-    statistics = optimizer.statistics() if measures and any(map(held, params)) else {}
-    return Reached(
-        params=[whole(p) for p in params],
-        state=list(map(held, params)),
-        statistics={name: values[order] for name, values in statistics.items()},
-        skipped=optimizer.skipped_steps,
-    )
+
+def defining(c: Combination) -> Side:
+    """The reference, with whole tensors."""
+    params = whole_params(c)
+    return Side(params, [None] * len(params), built(c, params, "reference", alone=True))
 
 
 # ---------------------------------------------------------------------- comparing
 
 
-def tolerance_of(c: Combination) -> Tolerance:
-    """Of parameters and state, relative to the largest number of a parameter or state."""
-    if c.sharding in ("rows", "meshes") and c.dtype in (torch.float32, torch.float64):
-        return SHARDED["cpu" if c.dtype == torch.float32 else "reference"]
-    return TRAJECTORY[c.dtype]
-
-
-def compare(c: Combination, found: Reached, expected: Reached) -> None:
-    """Element by element.
+def compare(c: Combination, found: Side, expected: Side) -> None:
+    """Element by element, as far as this rank has them: all but the statistics.
 
     Raises:
         AssertionError: they are not the same.
     """
-    assert found.skipped == expected.skipped, "another number of skipped steps"
-    tolerance = tolerance_of(c)
-    scale = max([float(p.abs().max()) for p in expected.params if p.numel()], default=0.0)
-    pairs = zip(found.params, found.state, expected.params, expected.state, strict=True)
-    for index, (param, state, other, others) in enumerate(pairs):
-        _close(f"parameter {index}", param, other, tolerance, scale)
-        assert state.keys() == others.keys()
-        for name, value in others.items():
-            largest = max(scale, float(value.abs().max()) if value.numel() else 0.0)
-            _close(f"{name} of parameter {index}", state[name], value, tolerance, largest)
-    if c.dtype in (torch.float32, torch.float64) and expected.statistics:
-        numel = [math.prod(shape) for shape in c.shapes]
-        scales = statistics_scale(numel, torch.stack([*expected.statistics.values()], 1))
-        for column, (name, values) in enumerate(expected.statistics.items()):
-            slack = STATISTICS_TOLERANCE[c.dtype]
-            _close(name, found.statistics[name], values, slack, scales[:, column])
+    assert found.optimizer.skipped_steps == expected.optimizer.skipped_steps, "skipped steps"
+    largest = max(largest_of(param.detach()) for param in expected.params)
+    for index, how in enumerate(found.where):
+        mine, wholes = found.held(index), expected.held(index)
+        assert mine.keys() == wholes.keys(), f"state of parameter {index}"
+        for name, x in mine.items():
+            assert x.shape == wholes[name].shape, f"{name} of parameter {index}"
+            assert getattr(x, "placements", None) == (how and how[1]), f"{name} is elsewhere"
+        here = {name: local_tensor(x) for name, x in mine.items()}
+        theirs = {name: local_tensor(place(x, how)) for name, x in wholes.items()}
+        with _said_of(f"parameter {index}"):
+            _compare_masters(c, here, theirs, largest)
+            _compare_moments(c, here, theirs)
 
 
-def _close(
-    name: str, value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, scale: Any
-) -> None:
-    try:
-        assert_close(value, expected, tolerance, scale)
-    except AssertionError as error:
-        raise AssertionError(f"{name}: {error}") from None
+def _compare_masters(c: Combination, mine: Held, theirs: Held, largest: float) -> None:
+    """Of one tensor; ``largest`` is the largest parameter."""
+    with _said_of("the parameter"):
+        assert_close(mine["param"], theirs["param"], tolerance_of(c, c.dtype), largest)
+    tolerance = tolerance_of(c, torch.float32)
+    with _said_of("its master"):
+        if "master_param" in theirs:
+            assert_close(mine["master_param"], theirs["master_param"], tolerance, largest)
+        if "master_correction" in theirs:
+            tolerance = SPLIT8 if theirs["master_correction"].dtype == torch.int8 else tolerance
+            joined = [join_master(x["param"], x["master_correction"]) for x in (mine, theirs)]
+            assert_close(*joined, tolerance, largest)
 
 
-def check(c: Combination, spoilt: float = 1.0) -> None:
-    """Run a combination and the reference; every rank calls it for a sharded one.
+def _compare_moments(c: Combination, mine: Held, theirs: Held) -> None:
+    """Of one tensor."""
+    spread = largest_of(theirs["exp_avg_sq"]) ** 0.5 if "exp_avg_sq" in theirs else 0.0
+    for name in QUANTISED:
+        stored = theirs.get(name)
+        if stored is None or not stored.numel():
+            continue
+        with _said_of(name):
+            assert mine[name].dtype == stored.dtype
+            if stored.dtype in (torch.float32, torch.float64):
+                # momentum may be a small difference of gradients
+                scale = max(largest_of(stored), spread if name == "exp_avg" else 0.0)
+                assert_close(mine[name], stored, tolerance_of(c, stored.dtype), scale)
+                continue
+            pairs = ((of[name], of.get(f"{name}_scale")) for of in (mine, theirs))
+            is_aligned = not c.is_in_pieces or stored.dtype != torch.bfloat16
+            assert_same_moment(*pairs, is_aligned=is_aligned)
+
+
+def tolerance_of(c: Combination, dtype: torch.dtype) -> Tolerance:
+    """Of what is kept in ``dtype``, relative to the largest number of its kind."""
+    if c.is_in_pieces and dtype in (torch.float32, torch.float64):
+        return SHARDED["cpu" if dtype == torch.float32 else "reference"]
+    return TRAJECTORY[dtype]
+
+
+def largest_of(x: torch.Tensor) -> float:
+    """Magnitude of the largest element, 0 where there is none."""
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def compare_statistics(c: Combination, found: Side, expected: Side) -> None:
+    """Those of whole tensors; a collective where they are sharded.
 
     Raises:
-        AssertionError: they do not agree.
+        AssertionError: they are not the same.
     """
-    compare(c, run(c, spoilt), reference(c))
+    measured, defined = found.statistics(), expected.statistics()
+    assert measured.keys() == defined.keys()
+    if not defined:
+        return
+    numel = [math.prod(shape) for shape in c.shapes]
+    scales = statistics_scale(numel, torch.stack([*defined.values()], 1))
+    for column, (name, values) in enumerate(defined.items()):
+        with _said_of(name):
+            tolerance = STATISTICS_TOLERANCE[c.dtype]
+            assert_close(measured[name], values, tolerance, scales[:, column])
+
+
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Let an assertion that fails say what it is about."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+@torch.no_grad()
+def take_over(side: Side, other: Side) -> None:
+    """Let a side go on with the numbers of another one, whose tensors are whole."""
+    for index, how in enumerate(side.where):
+        theirs = other.held(index)
+        for name, x in side.held(index).items():
+            local_tensor(x).copy_(local_tensor(place(theirs[name], how)))
+
+
+def check(c: Combination, fast: BackendName = "auto", spoilt: float = 1.0) -> None:
+    """Step a combination and the reference; every rank calls it for a sharded one.
+
+    Args:
+        fast: the backend of combinations that do not ask for the reference itself.
+        spoilt: a factor of learning rates and gradients, which makes it a wrong step.
+
+    Raises:
+        AssertionError: they do not agree; after the last step, since other ranks may not know.
+    """
+    found, expected = tested(c, fast), defining(c)
+    for group in found.optimizer.param_groups:
+        group["lr"] *= spoilt
+    seen: list[str] = []
+
+    def note(comparison: Callable[[Combination, Side, Side], None], step: int) -> None:
+        try:
+            comparison(c, found, expected)
+        except AssertionError as error:
+            seen.append(f"step {step}: {error}")
+
+    for step in range(STEPS):
+        grads = gradients(c, step)
+        found.step(grads, spoilt)
+        expected.step(grads)
+        is_last = step == STEPS - 1
+        if c.keeps_fewer_bits or is_last:
+            note(compare, step)
+        if c.keeps_fewer_bits and not is_last:
+            take_over(found, expected)
+    note(compare_statistics, STEPS - 1)
+    assert not seen, seen[0]
 
 
 # ---------------------------------------------------------------------- many
 
 
-def share(rank: int, ranks: int, seed: int, numbers: Sequence[int], spoilt: float) -> Any:
+def share(
+    rank: int,
+    ranks: int,
+    seed: int,
+    numbers: Sequence[int],
+    fast: BackendName,
+    spoilt: float,
+) -> Any:
     """What this rank has seen fail, and how many of the numbers it has got through."""
     warnings.simplefilter("ignore", RuntimeWarning)  # of skipped steps
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of slow gathers
@@ -380,7 +534,7 @@ def share(rank: int, ranks: int, seed: int, numbers: Sequence[int], spoilt: floa
         if c.sharding == "alone" and position % ranks != rank:
             continue
         try:
-            check(c, spoilt)
+            check(c, fast, spoilt)
         except AssertionError as error:
             failures.append((number, str(error)))
         except Exception:
@@ -390,11 +544,13 @@ def share(rank: int, ranks: int, seed: int, numbers: Sequence[int], spoilt: floa
     return failures, len(numbers)
 
 
-def failures(seed: int, numbers: Iterable[int], spoilt: float = 1.0) -> dict[int, str]:
+def failures(
+    seed: int, numbers: Iterable[int], fast: BackendName = "auto", spoilt: float = 1.0
+) -> dict[int, str]:
     """What does not agree, by number."""
     left, found = list(numbers), dict[int, str]()
     while left:
-        outcomes = run_ranks(share, RANKS, seed, left[:BATCH], spoilt)
+        outcomes = run_ranks(share, RANKS, seed, left[:BATCH], fast, spoilt)
         through = min(done for _, done in outcomes)
         seen = dict(itertools.chain.from_iterable(failures for failures, _ in outcomes))
         found |= {number: seen[number] for number in left[:through] if number in seen}
@@ -406,19 +562,27 @@ def main(say: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--combinations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=("auto", "triton"), default="auto")
     parser.add_argument("--only", type=int, help="run this combination alone")
     parser.add_argument("--keep", action="store_true", help="write it to benchmarks/results")
     asked = parser.parse_args()
     numbers = range(asked.combinations) if asked.only is None else [asked.only]
-    found = failures(asked.seed, numbers)
+    found = failures(asked.seed, numbers, asked.backend)
     for number, text in sorted(found.items()):
         say(f"{drawn(asked.seed, number)}\n{text}")
-        say(f"again: PYTHONPATH=tests python -m fuzz --seed {asked.seed} --only {number}")
+        again = f"--backend {asked.backend} --seed {asked.seed} --only {number}"
+        say(f"again: PYTHONPATH=tests python -m fuzz {again}")
     agree = len(numbers) - len(found)
     say(f"{agree} of {len(numbers)} combinations agree with the reference")
     if asked.keep:
         report.keep_outcome(
-            "fuzz", {"seed": asked.seed, "combinations": len(numbers), "agree": agree}
+            "fuzz",
+            {
+                "seed": asked.seed,
+                "backend": asked.backend,
+                "combinations": len(numbers),
+                "agree": agree,
+            },
         )
     return int(bool(found))
 

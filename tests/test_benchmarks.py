@@ -9,14 +9,16 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
+from distributed.launch import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import decision, figure, machine, precision, report, run
+from benchmarks import decision, figure, machine, offload, precision, report, run, sharded
 from benchmarks.gate import GateError, check
 from benchmarks.registry import Run, Settings, Unavailable, Variant, mean_bytes, select
 from benchmarks.timing import Contestant, Sample, Series, interleave, quartiles, ratios, rotated
@@ -89,7 +91,7 @@ def test_gate_refuses_nan() -> None:
 
 def test_the_gpu_check_names_every_file_with_tests_for_a_gpu() -> None:
     script = (ROOT / "benchmarks/gpu_check.sh").read_text()
-    for_gpus = re.compile(r"mark\.gpu|\bwith_triton\(|\bMARKS\b")
+    for_gpus = re.compile(r"mark\.gpu|\bwith_triton\(|\bMARKS\b|\bworlds\b|\bDEVICES\b")
     found = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -329,15 +331,20 @@ def test_a_decision_is_timed_in_every_state_of_the_caches(monkeypatch: pytest.Mo
         decision.contestants(16)
 
 
-def test_precision_compares_ways_with_the_spread_of_seeds(tmp_path: Path) -> None:
+def invoke(command: Any, *options: str) -> Any:
+    """The document that a command has written into the folder after ``--out``."""
     app = typer.Typer()
-    app.command()(precision.main)
-    sizes = ["--width", "32", "--layers", "1", "--context", "16"]
-    options = ["--steps", "4", "--seeds", "2", *sizes, "--out", str(tmp_path)]
+    app.command()(command)
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
-    (path,) = tmp_path.glob("precision-*.json")
-    document = json.loads(path.read_text())
+    (path,) = Path(options[-1]).glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_precision_compares_ways_with_the_spread_of_seeds(tmp_path: Path) -> None:
+    sizes = ("--width", "32", "--layers", "1", "--context", "16")
+    options = ("--steps", "4", "--seeds", "2", *sizes, "--out", str(tmp_path))
+    document = invoke(precision.main, *options)
     assert [row["way"] for row in document["rows"]] == list(precision.WAYS)
     for row in document["rows"]:
         assert len(row["losses"]) == 2
@@ -353,3 +360,76 @@ def test_precision_counts_the_points_within_the_spread() -> None:
     assert rows[far]["share_of_points_within_spread"] == 0.5
     assert rows[far]["final_distance"] == pytest.approx(0.4)
     assert rows["float32"]["share_of_points_within_spread"] == 1.0
+
+
+def test_steps_in_host_memory_are_timed_beside_their_parts(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--quick", "--rounds", "2", "--out", str(tmp_path))
+    rows = {row["variant"]: row for row in invoke(offload.main, *options)["rows"]}
+    assert list(rows) == ["cpu step", "copy back", "offload", "offload, released"]
+    assert [name for name, row in rows.items() if "ratio" in row] == list(offload.GOALS)
+
+
+def test_ratios_of_steps_in_host_memory() -> None:
+    ms = {"cpu step": 3.0, "copy back": 1.0, "offload": 8.0, "offload, released": 6.0}
+    series = {name: Series([Sample(value, value)]) for name, value in ms.items()}
+    assert [row.get("ratio") for row in offload.rows_of(series)] == [None, None, 2.0, 2.0]
+    series["copy back"].failure = "OutOfMemoryError: none left"
+    with pytest.raises(RuntimeError, match="copy back: OutOfMemoryError"):
+        offload.rows_of(series)
+
+
+def test_wrong_steps_in_host_memory_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "released", lambda params, lr: offload.adamw(params, 1.01 * lr))
+    with pytest.raises(AssertionError, match="offload, released: other parameters"):
+        offload.check([(3, 5)], "cpu")
+
+
+def test_statistics_of_shards_are_timed_beside_none(tmp_path: Path) -> None:
+    sizes = ("--width", "8", "--layers", "1", "--context", "4", "--batch", "1", "--rounds", "2")
+    document = invoke(sharded.main, *sizes, "--optimizers", "lhopt-exact", "--out", str(tmp_path))
+    rows = {row["statistics"]: row for row in document["rows"]}
+    assert list(rows) == ["without", "with"]
+    assert [row["messages"] for row in rows.values()] == [2, 2]
+    assert rows["without"]["optimizer_more_of_step"] == 0.0
+
+
+def test_what_statistics_of_shards_add_is_taken_round_by_round() -> None:
+    rows = sharded.rows_of(
+        {"without": [(10.0, 1.0), (20.0, 3.0)], "with": [(11.0, 2.0), (23.0, 6.0)]}
+    )
+    assert rows["with"]["optimizer_more_of_step"] == pytest.approx(0.125)
+    assert rows["with"]["ratio"] == pytest.approx(1.125)
+    assert rows["with"]["optimizer_ratio"] == 2.0
+
+
+def gate_of_shards(rank: int, ranks: int) -> list[str]:
+    """What the gate says of an optimizer and of two wrong ones."""
+    plan = sharded.Plan("cpu", ranks, 2, 2, sharded.GATE_SHAPE, (), 1)
+    right = sharded.OPTIMIZERS["adamw"]
+
+    def other_moments(params: Any, **keywords: Any) -> Any:
+        betas = (0.9, 0.999) if "process_group" in keywords else (0.8, 0.999)
+        return right(params, betas=betas, **keywords)
+
+    def other_rate(params: Any, **keywords: Any) -> Any:
+        optimizer = right(params, **keywords)
+        optimizer.param_groups[0]["lr"] *= 1.0 if keywords["inner_feature_frequency"] == 0 else 1.1
+        return optimizer
+
+    said = []
+    for build in (right, other_moments, other_rate):
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(sharded.OPTIMIZERS, "adamw", build)
+                sharded.check(plan, "adamw")
+            said.append("")
+        except GateError as error:
+            said.append(str(error))
+    return said
+
+
+def test_wrong_statistics_of_shards_are_not_timed() -> None:
+    for right, other_moments, other_rate in run_ranks(gate_of_shards, 2):
+        assert right == ""
+        assert re.fullmatch(r"adamw: feature \w+ is .*, expected .*", other_moments)
+        assert other_rate == "adamw: statistics have changed parameter 0"

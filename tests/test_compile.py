@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, set_grads
+from cases import DEVICES, make_params, set_grads
 from policy.samples import random_policy
 from torch._dynamo import config
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -38,10 +38,12 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def loop(compiles: Callable[[TrainStep], TrainStep]) -> tuple[list[torch.Tensor], LHOPT]:
+def loop(
+    compiles: Callable[[TrainStep], TrainStep], device: str
+) -> tuple[list[torch.Tensor], LHOPT]:
     """Train with ``compiles(train_step)``; the parameters reached, and the optimizer."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(5, 3)
+    model = torch.nn.Linear(5, 3).to(device)
     policy = random_policy(0, registers=False)
     optimizer = LHOPT(model.parameters(), STEPS, policy=policy, outer_steps=6)
 
@@ -54,7 +56,7 @@ def loop(compiles: Callable[[TrainStep], TrainStep]) -> tuple[list[torch.Tensor]
 
     step = compiles(train_step)
     for number in range(STEPS):
-        step(torch.randn(4, 5, generator=torch.Generator().manual_seed(number)))
+        step(torch.randn(4, 5, generator=torch.Generator().manual_seed(number)).to(device))
     return [p.detach().clone() for p in model.parameters()], optimizer
 
 
@@ -68,10 +70,11 @@ def equal(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "way", [way for way, needs in WAYS.items() if all(hasattr(config, name) for name in needs)]
 )
-def test_a_loop_is_compiled_once(way: str) -> None:
+def test_a_loop_is_compiled_once(way: str, device: str) -> None:
     counter = CompileCounterWithBackend("eager")
     counts = []
 
@@ -85,8 +88,8 @@ def test_a_loop_is_compiled_once(way: str) -> None:
         return counted
 
     with config.patch(WAYS[way]):
-        params, optimizer = loop(compiles)
-    expected, plain = loop(lambda function: function)
+        params, optimizer = loop(compiles, device)
+    expected, plain = loop(lambda function: function, device)
     rates = [decided.hyperparameters["lr"] for decided in optimizer.history]
     assert len(set(rates)) == len(rates) == 6
     assert ["lhopt_fused.observe", "lhopt_fused.step"] in called(counter), "no break between them"
@@ -101,11 +104,12 @@ def stepping(optimizer: torch.optim.Optimizer, backend: str = "eager") -> tuple[
     return torch.compile(lambda: optimizer.step(), backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("build", [AdamW, torch.optim.AdamW])
-def test_numbers_may_move(build: Any) -> None:
+def test_numbers_may_move(build: Any, device: str) -> None:
     """By hand and by a scheduler; torch's own optimizer shows what is counted when they are in the
     graph."""
-    params, plain = make_params(), make_params()
+    params, plain = make_params(device=device), make_params(device=device)
     optimizer, uncompiled = build(params, lr=0.01), build(plain, lr=0.01)
     both = optimizer, uncompiled
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in both]
@@ -126,17 +130,18 @@ def test_numbers_may_move(build: Any) -> None:
         assert equal(params, plain)
 
 
-def test_a_compiler_that_works_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiler_that_works_on_copies(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached() -> list[torch.Tensor]:
         torch._dynamo.reset()
-        params = make_params()
+        params = make_params(device=device)
         step, _ = stepping(CIAO.lhopt(params, lr=0.01), "aot_eager")
         for _ in range(3):
             set_grads(params, 0)
             step()
         return [p.detach() for p in params]
 
-    plain = make_params()
+    plain = make_params(device=device)
     optimizer = CIAO.lhopt(plain, lr=0.01)
     for _ in range(3):
         set_grads(plain, 0)
@@ -146,8 +151,9 @@ def test_a_compiler_that_works_on_copies(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not equal(reached(), plain)
 
 
-def test_missing_gradients_and_new_groups_compile_anew() -> None:
-    params, plain = make_params(), make_params()
+@pytest.mark.parametrize("device", DEVICES)
+def test_missing_gradients_and_new_groups_compile_anew(device: str) -> None:
+    params, plain = make_params(device=device), make_params(device=device)
     optimizer, uncompiled = AdamW(params[:3]), AdamW(plain[:3])
     step, counter = stepping(optimizer)
     for number in range(5):  # the second parameter has no gradient in the fourth step

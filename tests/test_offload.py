@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHAPES, make_params, set_grads
+from cases import DEVICES, SHAPES, make_params, set_grads
 from distributed.launch import run_ranks
 from policy.samples import random_policy
 
@@ -19,9 +19,6 @@ from lhopt_fused import LHOPT, AdamW, GradientRelease, HostOffload, NonFiniteGra
 from lhopt_fused.offload import _Copy
 
 STEPS = 9
-DEVICES: list[Any] = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 Params = Sequence[torch.nn.Parameter]
 Run = list[Any]

@@ -18,15 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, set_grads
+from cases import DEVICES, make_params, set_grads
 
 from lhopt_fused import LHOPT, registers
 from lhopt_fused.registers import RegisterFileError, RestartRegisters, state_bytes
 
 State = dict[str, torch.Tensor]
-DEVICES: list[Any] = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def random_state(seed: int) -> State:

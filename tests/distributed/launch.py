@@ -1,4 +1,7 @@
-"""Runs a function on several ranks: processes of this machine that talk through gloo."""
+"""Runs a function on several ranks: processes of this machine.
+
+They talk through gloo, or through NCCL where each has a GPU of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,20 @@ import torch.distributed as dist
 
 _SECONDS = 300  # until a rank is taken to hang
 _PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "lhopt_fused"]
+_DEVICE = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where this rank's tensors are to be."""
+    return _DEVICE
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, patience: float = 60.0
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    patience: float = 60.0,
+    device: str = "cpu",
 ) -> list[Any]:
     """What ``function(rank, ranks, *args)`` returns on each rank.
 
@@ -29,11 +42,12 @@ def run_ranks(
         function: of a module that the processes can import.
         ranks: number of processes.
         patience: seconds after which a collective that waits for others fails.
+        device: ``"cpu"``, or ``"cuda"`` for a GPU each.
 
     Raises:
         RuntimeError: a rank failed or died; with its traceback.
     """
-    outcomes = Launched(function, ranks, *args, patience=patience).outcomes()
+    outcomes = Launched(function, ranks, *args, patience=patience, device=device).outcomes()
     failed = [
         f"rank {rank}: {said}" for rank, (is_good, said) in enumerate(outcomes) if not is_good
     ]
@@ -46,10 +60,17 @@ class Launched:
     """``function`` at work on each rank; the arguments are those of :func:`run_ranks`."""
 
     def __init__(
-        self, function: Callable[..., Any], ranks: int, *args: Any, patience: float = 60.0
+        self,
+        function: Callable[..., Any],
+        ranks: int,
+        *args: Any,
+        patience: float = 60.0,
+        device: str = "cpu",
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        # a process cannot use CUDA if the one that it was forked from has looked for a GPU
+        context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        if device == "cpu":
+            context.set_forkserver_preload(_PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
@@ -57,7 +78,7 @@ class Launched:
         self._processes = [
             context.Process(
                 target=_rank,
-                args=(function, rank, ranks, store, patience, writer, args),
+                args=(function, rank, ranks, store, patience, device, writer, args),
                 daemon=True,
             )
             for rank, (_, writer) in enumerate(pipes)
@@ -97,14 +118,19 @@ def _rank(
     ranks: int,
     store: str,
     patience: float,
+    kind: str,
     writer: Connection,
     args: tuple[Any, ...],
 ) -> None:
+    global _DEVICE
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     try:
+        if kind == "cuda":
+            _DEVICE = torch.device("cuda", rank)
+            torch.cuda.set_device(_DEVICE)
         dist.init_process_group(
-            "gloo",
+            "nccl" if kind == "cuda" else "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=ranks,

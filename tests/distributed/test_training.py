@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +19,34 @@ from distributed.training import (
     make_model,
     one_dies,
     refusals,
+    through_full_states,
     with_registers,
 )
+from distributed.worlds import GPUS, on, worlds
 from tolerances import SHARDED_RUN, assert_close
 
 # ------------------------------------------------------------------ decisions
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def decided(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
+WORLDS = [("cpu", 2), ("cpu", 4), *([("cuda", GPUS)] if GPUS else [])]
+KINDS = [(device, kind) for device in ("cpu", "cuda") for kind in ("ddp", "fsdp")]
+KINDS += [("cuda", "offloaded")]
+
+
+@functools.cache
+def decided(device: str, ranks: int) -> list[dict[str, dict[str, Any]]]:
     """What each rank has decided and reached."""
-    return run_ranks(decisions, request.param)
+    return run_ranks(decisions, ranks, device=device)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_decide_the_same_as_one_with_all_the_data(
-    decided: list[dict[str, dict[str, Any]]], kind: str
-) -> None:
-    first, alone = decided[0][kind], decided[0]["alone"]
-    for other in decided:
+@pytest.mark.parametrize(
+    ("device", "ranks", "kind"),
+    [on(*world, kind) for world in WORLDS for device, kind in KINDS if device == world[0]],
+)
+def test_ranks_decide_the_same_as_one_with_all_the_data(device: str, ranks: int, kind: str) -> None:
+    of_ranks = decided(device, ranks)
+    first, alone = of_ranks[0][kind], of_ranks[0]["alone"]
+    for other in of_ranks:
         assert other[kind]["bits"] == first["bits"]
         assert other[kind]["decided"] == first["decided"]
         assert other[kind]["losses"] == first["losses"]
@@ -46,21 +57,23 @@ def test_ranks_decide_the_same_as_one_with_all_the_data(
     assert first["losses"] == pytest.approx(alone["losses"], rel=SHARDED_RUN.relative)
 
 
-def test_every_outer_step_decides(decided: list[dict[str, dict[str, Any]]]) -> None:
-    rates = [step["lr"] for step in decided[0]["fsdp"]["decided"]]
+@pytest.mark.parametrize(("device", "ranks"), [on(*world) for world in WORLDS])
+def test_every_outer_step_decides(device: str, ranks: int) -> None:
+    rates = [step["lr"] for step in decided(device, ranks)[0]["fsdp"]["decided"]]
     assert len(set(rates)) == len(rates)
 
 
-def test_frozen_parameters_stay_and_take_nothing() -> None:
+@pytest.mark.parametrize(("device", "ranks"), worlds(2))
+def test_frozen_parameters_stay_and_take_nothing(device: str, ranks: int) -> None:
     before = bits([p.detach() for p in make_model().parameters() if p.dim() == 2])
-    outcomes = run_ranks(decisions, 2, True)
+    outcomes = run_ranks(decisions, ranks, True, device=device)
     for found in outcomes:
-        for name in ("ddp", "fsdp", "alone"):
+        for name in found:
             assert found[name]["frozen"] == before
             assert found[name]["have_state"] == [True] * 3
             assert found[name]["bits"] == outcomes[0][name]["bits"]
         expected = found["alone"]["params"]
-        for name in ("ddp", "fsdp"):
+        for name in found:
             for value, param in zip(found[name]["params"], expected, strict=True):
                 assert_close(value, param, SHARDED_RUN, param.abs().max())
 
@@ -68,45 +81,71 @@ def test_frozen_parameters_stay_and_take_nothing() -> None:
 # ------------------------------------------------------------------ checkpoints
 
 
-@pytest.fixture(scope="module")
-def legs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One run on 2, then 1, then 4 ranks; one on 2 throughout, and one resumed on 2."""
-    at = {name: str(tmp_path_factory.mktemp("run") / name) for name in ("5", "8", "12", "a", "b")}
-    return {
-        "on 2": run_ranks(leg, 2, None, at["5"], 0, 5)[0],
-        "on 1": run_ranks(leg, 1, at["5"], at["8"], 5, 8)[0],
-        "on 4": run_ranks(leg, 4, at["8"], at["12"], 8, STEPS)[0],
-        "throughout": run_ranks(leg, 2, None, at["a"], 0, STEPS)[0],
-        "resumed": run_ranks(leg, 2, at["5"], at["b"], 5, STEPS)[0],
-    }
+@functools.cache
+def legs(device: str, *ranks: int) -> dict[str, Any]:
+    """One run on so many ranks in turn; one on the first number throughout, and one resumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        at = {name: f"{folder}/{name}" for name in ("5", "8", "12", "a", "b")}
+
+        def first_rank(count: int, *arguments: Any) -> Any:
+            return run_ranks(leg, count, *arguments, device=device)[0]
+
+        return {
+            "first": first_rank(ranks[0], None, at["5"], 0, 5),
+            "second": first_rank(ranks[1], at["5"], at["8"], 5, 8),
+            "third": first_rank(ranks[2], at["8"], at["12"], 8, STEPS),
+            "throughout": first_rank(ranks[0], None, at["a"], 0, STEPS),
+            "resumed": first_rank(ranks[0], at["5"], at["b"], 5, STEPS),
+        }
 
 
-def test_loads_on_other_numbers_of_ranks(legs: dict[str, Any]) -> None:
-    for before, after in (("on 2", "on 1"), ("on 1", "on 4")):
-        saved, begun = legs[before][1], legs[after][0]
+LEGS = [on("cpu", 2, 1, 4), *([on("cuda", GPUS, 1, GPUS)] if GPUS else [])]
+
+
+@pytest.mark.parametrize(("device", "first", "second", "third"), LEGS)
+def test_loads_on_other_numbers_of_ranks(device: str, first: int, second: int, third: int) -> None:
+    of = legs(device, first, second, third)
+    for before, after in (("first", "second"), ("second", "third")):
+        saved, begun = of[before][1], of[after][0]
         assert begun["bits"] == saved["bits"]
         assert begun["decided"] == saved["decided"]
-    reached, expected = legs["on 4"][1], legs["throughout"][1]
-    for value, of_two in zip(reached["params"], expected["params"], strict=True):
-        assert_close(value, of_two, SHARDED_RUN, of_two.abs().max())
-    for mine, of_two in zip(reached["decided"], expected["decided"], strict=True):
-        assert mine == pytest.approx(of_two, rel=SHARDED_RUN.relative)
+    reached, expected = of["third"][1], of["throughout"][1]
+    for value, wanted in zip(reached["params"], expected["params"], strict=True):
+        assert_close(value, wanted, SHARDED_RUN, wanted.abs().max())
+    for mine, wanted in zip(reached["decided"], expected["decided"], strict=True):
+        assert mine == pytest.approx(wanted, rel=SHARDED_RUN.relative)
 
 
-def test_resumes_bit_identical_on_as_many_ranks(legs: dict[str, Any]) -> None:
-    assert legs["resumed"][1]["bits"] == legs["throughout"][1]["bits"]
-    assert legs["resumed"][1]["decided"] == legs["throughout"][1]["decided"]
-    assert legs["resumed"][1]["bits"] != legs["on 2"][1]["bits"]
+@pytest.mark.parametrize(("device", "first", "second", "third"), LEGS)
+def test_resumes_bit_identical_on_as_many_ranks(
+    device: str, first: int, second: int, third: int
+) -> None:
+    of = legs(device, first, second, third)
+    assert of["resumed"][1]["bits"] == of["throughout"][1]["bits"]
+    assert of["resumed"][1]["decided"] == of["throughout"][1]["decided"]
+    assert of["resumed"][1]["bits"] != of["first"][1]["bits"]
 
 
-def test_codes_and_split_masters_do_not_see_the_number_of_ranks(legs: dict[str, Any]) -> None:
-    """On 2, 1 and 4 ranks the same bits as on 2 throughout, each tensor in its own dtype."""
-    for before, after in (("on 2", "on 1"), ("on 1", "on 4"), ("on 2", "resumed")):
-        assert legs[after][2][0] == legs[before][2][1]
-    assert legs["on 4"][2][1] == legs["throughout"][2][1] == legs["resumed"][2][1]
-    assert legs["on 4"][2][1] != legs["on 1"][2][1]
+@pytest.mark.parametrize(("device", "first", "second", "third"), LEGS)
+def test_codes_and_split_masters_do_not_see_the_number_of_ranks(
+    device: str, first: int, second: int, third: int
+) -> None:
+    """On one number of ranks after the other the same bits, each tensor in its own dtype."""
+    of = {name: outcome[2] for name, outcome in legs(device, first, second, third).items()}
+    for before, after in (("first", "second"), ("second", "third"), ("first", "resumed")):
+        assert of[after][0] == of[before][1]
+    assert of["third"][1] == of["throughout"][1] == of["resumed"][1]
+    assert of["third"][1] != of["second"][1]
     kept = ["torch.int8", "torch.bfloat16", "torch.uint8", "torch.bfloat16", "torch.int8"]
-    assert legs["on 4"][2][2] == legs["on 2"][2][2] == kept
+    assert of["third"][2] == of["first"][2] == kept
+
+
+@pytest.mark.parametrize("from_first", [False, True])
+@pytest.mark.parametrize(("device", "ranks"), worlds(2))
+def test_goes_on_with_whole_states(device: str, ranks: int, from_first: bool) -> None:
+    """As those write that keep a checkpoint in one file."""
+    for throughout, resumed in run_ranks(through_full_states, ranks, from_first, device=device):
+        assert resumed == throughout
 
 
 def test_registers_in_use_go_into_a_checkpoint(tmp_path: Path) -> None:
@@ -126,7 +165,7 @@ def test_killed_runs_end_bit_identical() -> None:
 # ------------------------------------------------------------------ what can go wrong
 
 DISAGREEMENTS = {
-    "shape": "ranks disagree on parameters: ranks [2] differ from rank 0",
+    "shape": "ranks disagree on parameters: ranks [{last}] differ from rank 0",
     "number": "ranks disagree on parameters",
     "options": "Trust.EXACT",
     "lr": "ranks disagree on hyperparameters",
@@ -136,14 +175,15 @@ DISAGREEMENTS = {
 }
 
 
-def test_ranks_that_disagree_all_get_the_error() -> None:
-    first, *others = run_ranks(disagreements, 3)
+@pytest.mark.parametrize(("device", "ranks"), worlds(3, fewest_gpus=2))
+def test_ranks_that_disagree_all_get_the_error(device: str, ranks: int) -> None:
+    first, *others = run_ranks(disagreements, ranks, device=device)
     assert all(other == first for other in others)
     assert set(first) == set(DISAGREEMENTS)
     for name, message in DISAGREEMENTS.items():
         kind, text = first[name]
         assert kind == "RanksDisagreeError"
-        assert message in text
+        assert message.replace("{last}", str(ranks - 1)) in text
 
 
 REFUSALS = {

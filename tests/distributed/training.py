@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
-from distributed.runs import bits, whole
+from distributed.launch import device
+from distributed.runs import bits, one_of_many, whole
 from policy.samples import random_policy
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lhopt_fused import CIAO, LHOPT, AdamW
@@ -38,12 +41,13 @@ def make_model() -> torch.nn.Sequential:
     )
 
 
-def sharded(model: torch.nn.Sequential, ranks: int) -> torch.nn.Sequential:
-    """``model`` under FSDP2."""
-    mesh = init_device_mesh("cpu", (ranks,))
+def sharded(model: torch.nn.Sequential, ranks: int, **policy: Any) -> torch.nn.Sequential:
+    """``model`` under FSDP2, on this rank's device."""
+    model.to(device())
+    mesh = init_device_mesh(device().type, (ranks,))
     for layer in (model[0], model[2], model[3]):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
 
 
 def make_optimizer(model: torch.nn.Module, **keywords: Any) -> LHOPT:
@@ -56,7 +60,7 @@ def make_optimizer(model: torch.nn.Module, **keywords: Any) -> LHOPT:
 
 
 def batch(step: int) -> torch.Tensor:
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).to(device())
 
 
 def train(model: torch.nn.Module, optimizer: LHOPT, first: int, last: int, share: slice) -> None:
@@ -97,22 +101,26 @@ def reached(model: torch.nn.Module, optimizer: LHOPT) -> dict[str, Any]:
 def decisions(rank: int, ranks: int, freezes: bool = False) -> dict[str, dict[str, Any]]:
     """Under DDP and FSDP2, with a share of the data for each rank, and alone with all of it.
 
-    What each has reached; with ``freezes``, weight matrices are not trained.
+    On GPUs also under FSDP2 with its shards in host memory. What each has reached; with
+    ``freezes``, weight matrices are not trained.
     """
     share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
     found = {}
     model: torch.nn.Module
-    for name in ("ddp", "fsdp", "alone"):
-        model = layers = make_model()
+    for name in ("ddp", "fsdp", "alone", *(["offloaded"] if device().type == "cuda" else [])):
+        model = layers = make_model().to(device())
         for param in layers.parameters():
             param.requires_grad_(param.dim() == 1 or not freezes)
         if name == "ddp":
             model = torch.nn.parallel.DistributedDataParallel(layers)
         if name == "fsdp":
             model = sharded(layers, ranks)
+        if name == "offloaded":
+            model = sharded(layers, ranks, offload_policy=CPUOffloadPolicy())
         group = None if name == "alone" else "auto"
-        optimizer = make_optimizer(model, process_group=group)
-        train(model, optimizer, 0, STEPS, slice(8) if name == "alone" else share)
+        with one_of_many(ranks):
+            optimizer = make_optimizer(model, process_group=group)
+            train(model, optimizer, 0, STEPS, slice(8) if name == "alone" else share)
         found[name] = {
             **reached(model, optimizer),
             "frozen": bits([whole(p) for p in model.parameters() if not p.requires_grad]),
@@ -160,10 +168,10 @@ def low_precision_leg(
     """
     layers = (torch.nn.Linear(*shape, bias=False) for shape in ((128, 66), (64, 96)))
     model = torch.nn.Sequential(*layers).bfloat16()
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(device().type, (ranks,))
     for parameter in (p for p in model.parameters() if first == 0):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    fully_shard(model, mesh=mesh)
+    fully_shard(model.to(device()), mesh=mesh)
     optimizer = AdamW(model.parameters(), lr=1e-3, moments="int8", master_weights="split8")
     if begins is not None:
         load(model, optimizer, Path(begins))
@@ -171,7 +179,7 @@ def low_precision_leg(
     for step in range(first, last):
         for index, param in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(100 * step + index)
-            grad = torch.randn(param.shape, generator=generator).bfloat16()
+            grad = torch.randn(param.shape, generator=generator).to(device(), torch.bfloat16)
             param.grad = distribute_tensor(grad, mesh, param.placements)  # type: ignore[attr-defined]
         optimizer.step()
     save(model, optimizer, Path(ends))
@@ -202,6 +210,38 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     train(model, optimizer, first, last, slice(8))
     save(model, optimizer, Path(ends))
     return begun, reached(model, optimizer), kept
+
+
+def through_full_states(rank: int, ranks: int, from_first: bool) -> list[str]:
+    """Bits of a run, and of one that goes on with its whole state in the middle.
+
+    With ``from_first``, rank 0 alone has it.
+    """
+
+    def begun() -> tuple[torch.nn.Module, CIAO]:
+        model = sharded(make_model(), ranks)
+        return model, CIAO.lhopt(model.parameters(), lr=1e-2)
+
+    def go_on(model: torch.nn.Module, optimizer: CIAO, first: int, last: int) -> str:
+        for step in range(first, last):
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        params = bits([whole(p) for p in model.parameters()])
+        return params + repr(optimizer.pop_inner_features(extra=True))
+
+    model, optimizer = begun()
+    go_on(model, optimizer, 0, STEPS // 2)
+    whole_states = StateDictOptions(full_state_dict=True, cpu_offload=from_first)
+    kept = copy.deepcopy(get_model_state_dict(model, options=whole_states))
+    of_optimizer = get_optimizer_state_dict(model, optimizer, options=whole_states)
+    of_optimizer = copy.deepcopy(of_optimizer)
+    other, resumed = begun()
+    loads = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_first)
+    set_model_state_dict(other, kept, options=loads)
+    set_optimizer_state_dict(other, resumed, of_optimizer, options=loads)
+    runs = (model, optimizer), (other, resumed)
+    return [go_on(*run, STEPS // 2, STEPS) for run in runs]
 
 
 def with_registers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
@@ -240,13 +280,13 @@ def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
         dist.barrier()
 
     def step(shapes: list[tuple[int, ...]], **keywords: Any) -> None:
-        params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        params = [torch.nn.Parameter(torch.ones(shape, device=device())) for shape in shapes]
         for param in params:
             param.grad = torch.ones_like(param)
         CIAO(params, **keywords).step()
 
     def decide(**keywords: Any) -> None:
-        model = make_model()
+        model = make_model().to(device())
         model(batch(0)).sum().backward()
         make_optimizer(model, **keywords).step()
 
@@ -261,10 +301,9 @@ def disagreements(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
 
 
 def _missing_gradient(ranks: int, is_odd: bool) -> None:
-    mesh = init_device_mesh("cpu", (ranks,))
-    params = [
-        torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])) for _ in range(2)
-    ]
+    mesh = init_device_mesh(device().type, (ranks,))
+    ones = torch.ones(4, 3, device=device())
+    params = [torch.nn.Parameter(distribute_tensor(ones, mesh, [Shard(0)])) for _ in range(2)]
     optimizer = CIAO(params)
     for step in range(2):
         for param in params:
@@ -272,6 +311,7 @@ def _missing_gradient(ranks: int, is_odd: bool) -> None:
         if step == 1 and is_odd:
             params[1].grad = None
         optimizer.step()
+    optimizer.statistics()  # where it is seen on a GPU
 
 
 def refusals(rank: int, ranks: int) -> dict[str, tuple[str, str]]:
