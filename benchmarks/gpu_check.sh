@@ -9,12 +9,12 @@
 #
 # Builds the extension in a temporary copy, runs the tests marked gpu, measures what the first step
 # waits for kernels to compile, the step benchmarks, the same captured in CUDA graphs, those of
-# 16-bit parameters, and runs a short step under compute-sanitizer. Logs, JSON, pictures and
-# summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check). PYTHON names the
-# interpreter. The exit status is 0 only if every check passed.
+# 16-bit parameters and of state in host memory, and runs a short step under compute-sanitizer.
+# Logs, JSON, pictures and summary.{txt,json} go to FOLDER (default: benchmarks/results/gpu-check).
+# PYTHON names the interpreter. The exit status is 0 only if every check passed.
 set -uo pipefail
 
-readonly DEADLINE=590 # seconds after the start
+readonly DEADLINE=560 # seconds after the start
 readonly GPU_TESTS=( # those with tests marked gpu; others need packages that are not needed here
   tests/kernels/test_rounding.py
   tests/kernels/test_runs.py
