@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, report
+from benchmarks import report
 from benchmarks.timing import quartiles, ratios
 from lhopt_fused.actions import DEFAULT_ACTION_SPACE as SPACE
 from lhopt_fused.ciao import LHOPT_START
@@ -39,7 +39,6 @@ from lhopt_fused.policy import (
 from lhopt_fused.policy.decision import initial_policy_state
 from lhopt_fused.types import HYPERPARAMETERS
 
-RESULTS = Path(__file__).parent / "results"
 AGREEMENT = 1e-5  # in the log multipliers; tests/tolerances.py holds the tests to their own
 START = {name: float(LHOPT_START[name]) for name in HYPERPARAMETERS}
 RUNNER = "runner, whole decision"
@@ -153,9 +152,7 @@ def main(
         samples = measure(contestants(hidden), rounds)
     rows = [row for state in STATES for row in rows_of(state, samples[state])]
     Console().print(table_of(rows, hidden))
-    device = torch.device("cpu")
-    document = {"schema": 2, **machine.stamp("decision", device), "hidden": hidden, "rows": rows}
-    report.write_suite(out or RESULTS / machine.device_slug(device), document)
+    report.keep("decision", {"schema": 2, "hidden": hidden, "rows": rows}, folder=out)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,19 @@ import os
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks import machine, report
+from benchmarks import report
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig
 from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.jobs import Collect, make_critic, make_network, pack
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.workers import LocalWorkers
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, DECISIONS = 300, 20
 _CONTROL = HandControl(0.03, "linear")
 
@@ -60,7 +58,6 @@ def main(
             seconds.append(time.perf_counter() - began)
     episodes = batches * tasks * repeats
     per_hour = [3600 * episodes / value for value in seconds]
-    where = torch.device(device)
     row = {
         "family": family,
         "inner_steps": STEPS,
@@ -76,8 +73,7 @@ def main(
         f"{family}: {row['episodes_per_hour']:,.0f} episodes an hour with {workers} processes "
         f"(from {min(per_hour):,.0f} to {max(per_hour):,.0f})"
     )
-    document = {"schema": 1, **machine.stamp("episodes", where), "rows": [row]}
-    report.write_suite(RESULTS / machine.device_slug(where), document)
+    report.keep("episodes", {"schema": 1, "rows": [row]}, torch.device(device))
 
 
 if __name__ == "__main__":

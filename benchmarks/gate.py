@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -11,7 +11,7 @@ from benchmarks.capture import CapturedStep
 from benchmarks.registry import Build, Run, Settings, Shape, Variant
 from lhopt_fused.optimizer import MeasuredOptimizer
 
-__all__ = ["GATE_LR", "GateError", "check"]
+__all__ = ["GATE_LR", "GateError", "check", "compare_features"]
 
 GATE_LR: Final = 1e-2
 GRADIENT_SCALE: Final = 1e-3
@@ -46,7 +46,7 @@ def check(variant: Variant, shapes: Sequence[Shape], device: torch.device, base:
     if variant.features_reference is not None:
         if variant.features_reference is not variant.reference:
             reference = _reference(variant.features_reference, shapes, settings, dtype)[1]
-        _compare_features(run, reference)
+        compare_features(_features(run), _features(reference))
 
 
 def _make_params(
@@ -108,13 +108,19 @@ def _compare_params(
             )
 
 
-def _compare_features(run: Run, reference: Run) -> None:
-    measured, expected = (_features(r) for r in (run, reference))
+def compare_features(
+    measured: Mapping[str, float], expected: Mapping[str, float], of: str = ""
+) -> None:
+    """Compare features by name; ``of`` begins the message.
+
+    Raises:
+        GateError: one differs.
+    """
     for name, target in expected.items():
         value = measured[name]
         both_nan = value != value and target != target
         if not both_nan and not abs(value - target) <= FEATURE_TOLERANCE * max(1, abs(target)):
-            raise GateError(f"feature {name} is {value:.6g}, expected {target:.6g}")
+            raise GateError(f"{of}feature {name} is {value:.6g}, expected {target:.6g}")
 
 
 def _features(run: Run) -> dict[str, float]:

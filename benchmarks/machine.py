@@ -26,6 +26,7 @@ __all__ = [
     "device_slug",
     "memory",
     "probes",
+    "results_folder",
     "slug",
     "stamp",
     "versions",
@@ -76,6 +77,11 @@ def device_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     return slug(f"cpu {_cpu_name()} {os.cpu_count()} cores")
+
+
+def results_folder(device: torch.device) -> Path:
+    """Where results of a machine are kept unless they are to go elsewhere."""
+    return ROOT / "benchmarks" / "results" / device_slug(device)
 
 
 def stamp(suite: str, device: torch.device) -> dict[str, Any]:

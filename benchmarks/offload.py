@@ -29,11 +29,10 @@ from rich.table import Table
 
 from benchmarks import machine, report
 from benchmarks.registry import Run, Shape, select
-from benchmarks.timing import Contestant, Sample, Series, interleave, quartiles
+from benchmarks.timing import Contestant, Sample, Series, interleave, quartiles, wait
 from benchmarks.workloads import WORKLOADS
 from lhopt_fused import AdamW, GradientRelease, HostOffload
 
-RESULTS: Final = Path(__file__).parent / "results"
 GOALS: Final[dict[str, tuple[Callable[[float, float], float], str, float]]] = {
     "offload": (lambda step, copy: step + copy, "both together", 1.0),
     "offload, released": (max, "the slower", 1.1),
@@ -64,18 +63,13 @@ def sample(call: Callable[[], object], steps: int) -> Sample:
     passed = host = 0
     for _ in range(steps):
         call.prepare()
-        _wait()
+        wait()
         begin = time.perf_counter_ns()
         call.step()
         host += time.perf_counter_ns() - begin
-        _wait()
+        wait()
         passed += time.perf_counter_ns() - begin
     return Sample(passed / 1e6 / steps, host / 1e6 / steps)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def make_params(shapes: Sequence[Shape], device: str) -> tuple[Params, list[torch.Tensor]]:
@@ -222,11 +216,10 @@ def main(
     rows = rows_of(interleave(contestants(shapes, device), rounds, sample, stays=fits))
     title = f"{chosen.label}, {elements / 1e6:.1f}M bfloat16 parameters, AdamW in host memory"
     Console().print(table_of(rows, title))
-    at = torch.device(device)
     sizes = {"workload": chosen.name, "tensors": len(shapes), "elements": elements, "quick": quick}
     threads = {"threads": torch.get_num_threads(), "rounds": rounds}
-    document = {"schema": 1, **machine.stamp("offload", at), **sizes, **threads, "rows": rows}
-    report.write_suite(out or RESULTS / machine.device_slug(at), document)
+    found = {"schema": 1, **sizes, **threads, "rows": rows}
+    report.keep("offload", found, torch.device(device), out)
 
 
 if __name__ == "__main__":

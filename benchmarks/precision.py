@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import lhopt_fused
-from benchmarks import machine, report
+from benchmarks import report
 from lhopt_fused.demo.model import GPT, GPTConfig
 from lhopt_fused.demo.text import Text, read_topics
 from lhopt_fused.schedules import SCHEDULES
 
-RESULTS: Final = Path(__file__).parent / "results"
 WAYS: Final[dict[str, tuple[torch.dtype, dict[str, Any]]]] = {
     "float32": (torch.float32, {}),
     "bf16, fp32 master": (torch.bfloat16, {"master_weights": True}),
@@ -133,9 +132,7 @@ def main(
     rows = rows_of(curves)
     Console().print(table_of(rows, f"{steps} steps of a GPT, {seeds} seeds, nats per byte"))
     settings = {"steps": steps, "seeds": seeds, "lr": lr, "model": vars(model), "batch": BATCH}
-    device = torch.device("cpu")
-    document = {"schema": 1, **machine.stamp("precision", device), **settings, "rows": rows}
-    report.write_suite(out or RESULTS / machine.device_slug(device), document)
+    report.keep("precision", {"schema": 1, **settings, "rows": rows}, folder=out)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,27 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import PROBES, ROOT, device_slug, stamp
+from benchmarks.machine import PROBES, results_folder, stamp
 from benchmarks.registry import Shape, Variant, Workload, mean_bytes
 from benchmarks.timing import Series, quartiles, ratios
 
-__all__ = ["bandwidths", "make_rows", "milliseconds", "print_notes", "print_rows", "write_json"]
+__all__ = [
+    "bandwidths",
+    "keep",
+    "make_rows",
+    "milliseconds",
+    "print_notes",
+    "print_rows",
+    "write_json",
+]
+
+CPU: Final = torch.device("cpu")
 
 Row = dict[str, Any]
 
@@ -108,17 +118,24 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
-def write_suite(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write a stamped report under the name of its suite and commit."""
+def keep(
+    suite: str,
+    found: Mapping[str, Any],
+    device: torch.device = CPU,
+    folder: Path | None = None,
+) -> None:
+    """Write what a suite has found, stamped, under its name and commit.
+
+    Args:
+        suite: its name.
+        found: what stands beside the stamp.
+        device: what it was found on.
+        folder: of results; None for that of the machine.
+    """
+    report = {**stamp(suite, device), **found}
     dirty = "-dirty" if report["dirty"] else ""
-    write_json(folder / f"{report['suite']}-{report['commit']}{dirty}.json", report)
-
-
-def keep_outcome(suite: str, outcome: Mapping[str, Any]) -> None:
-    """Write what a check on this machine's CPU has come to, stamped, beside the timings."""
-    device = torch.device("cpu")
-    folder = ROOT / "benchmarks" / "results" / device_slug(device)
-    write_suite(folder, {**stamp(suite, device), **outcome})
+    path = (folder or results_folder(device)) / f"{suite}-{report['commit']}{dirty}.json"
+    write_json(path, report)
 
 
 def print_rows(

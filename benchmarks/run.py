@@ -286,7 +286,7 @@ def main(
     outcome = measure(plan, console)
     report.print_notes(console, "not timed", outcome.not_timed)
     report.print_notes(console, "REFUSED", outcome.refused)
-    folder = out or machine.ROOT / "benchmarks" / "results" / machine.device_slug(target)
+    folder = out or machine.results_folder(target)
     path = save(plan, outcome, suite.value, folder)
     console.print(f"written: {path}", soft_wrap=True)
     if outcome.refused:

@@ -26,14 +26,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from benchmarks import machine, report
-from benchmarks.gate import FEATURE_TOLERANCE, GateError
-from benchmarks.timing import quartiles, ratios
+from benchmarks import report
+from benchmarks.gate import GateError, compare_features
+from benchmarks.timing import quartiles, ratios, rotated, wait
 from lhopt_fused import CIAO, AdamW
 from lhopt_fused.demo.model import GPT, GPTConfig
 from lhopt_fused.optimizer import MeasuredOptimizer
 
-RESULTS: Final = Path(__file__).parent / "results"
 OPTIMIZERS: Final[dict[str, Callable[..., MeasuredOptimizer]]] = {
     "adamw": lambda params, **keywords: AdamW(params, 1e-4, **keywords),
     "lhopt-exact": lambda params, **keywords: CIAO.lhopt(params, lr=1e-4, **keywords),
@@ -92,21 +91,16 @@ class Training:
 
     def timed(self, step: int) -> tuple[float, float]:
         """Milliseconds of a training step, and of the optimizer's in it, on this rank."""
-        _wait(self._plan.device)
+        wait()
         dist.barrier()
         begin = time.perf_counter_ns()
         self.backward(step)
-        _wait(self._plan.device)
+        wait()
         middle = time.perf_counter_ns()
         self.optimizer.step()
-        _wait(self._plan.device)
+        wait()
         end = time.perf_counter_ns()
         return (end - begin) / 1e6, (end - middle) / 1e6
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def check(plan: Plan, name: str) -> None:
@@ -128,12 +122,8 @@ def check(plan: Plan, name: str) -> None:
     for index, (x, y) in enumerate(zip(without.params, measured.params, strict=True)):
         if not torch.equal(x.to_local(), y.to_local()):
             raise GateError(f"{name}: statistics have changed parameter {index}")
-    expected = alone.pop_inner_features(extra=True)
-    for feature, value in measured.optimizer.pop_inner_features(extra=True).items():
-        target = expected[feature]
-        both_nan = value != value and target != target
-        if not both_nan and not abs(value - target) <= FEATURE_TOLERANCE * max(1, abs(target)):
-            raise GateError(f"{name}: feature {feature} is {value:.6g}, expected {target:.6g}")
+    both = (of.pop_inner_features(extra=True) for of in (measured.optimizer, alone))
+    compare_features(*both, of=f"{name}: ")
 
 
 def measure(plan: Plan, name: str) -> list[dict[str, Any]]:
@@ -145,8 +135,7 @@ def measure(plan: Plan, name: str) -> list[dict[str, Any]]:
             training.timed(step)
     samples: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for number in range(plan.rounds):
-        ways = list(WAYS)[number % 2 :] + list(WAYS)[: number % 2]
-        for way in ways:
+        for way in rotated(list(WAYS), number):
             samples[way].append(trainings[way].timed(WARM_UP + number))
     slowest = {way: _slowest(found, plan.device) for way, found in samples.items()}
     sent = {way: training.messages(0) for way, training in trainings.items()}
@@ -264,9 +253,8 @@ def main(
     plan = Plan(device, ranks, rounds, batch, model, names, threads)
     rows = on_ranks(plan)
     Console(width=110).print(table_of(rows, f"A GPT of width {width} under FSDP2, {ranks} ranks"))
-    at = torch.device(device)
-    document = {"schema": 1, **machine.stamp("sharded", at), **asdict(plan), "rows": rows}
-    report.write_suite(out or RESULTS / machine.device_slug(at), document)
+    found = {"schema": 1, **asdict(plan), "rows": rows}
+    report.keep("sharded", found, torch.device(device), out)
 
 
 if __name__ == "__main__":

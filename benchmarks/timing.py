@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ __all__ = [
     "rotated",
     "sample_cpu",
     "sample_cuda",
+    "wait",
 ]
 
 
@@ -33,6 +35,7 @@ class Sample:
     host_ms: float
 
 
+Item = TypeVar("Item")
 SampleStep = Callable[[Callable[[], object], int], Sample]
 
 
@@ -57,6 +60,12 @@ def sample_cuda(step: Callable[[], object], steps: int) -> Sample:
     host_ms = (time.perf_counter_ns() - start) / 1e6 / steps
     torch.cuda.synchronize()
     return Sample(before.elapsed_time(after) / steps, host_ms)
+
+
+def wait() -> None:
+    """Until the GPU is done, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -89,7 +98,7 @@ class Series:
     failure: str | None = None
 
 
-def rotated(items: Sequence[Contestant], round_index: int) -> list[Contestant]:
+def rotated(items: Sequence[Item], round_index: int) -> list[Item]:
     """The items in an order that begins with another one in each round."""
     first = round_index % len(items) if items else 0
     return [*items[first:], *items[:first]]

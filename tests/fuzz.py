@@ -575,7 +575,7 @@ def main(say: Callable[[str], None] = print) -> int:
     agree = len(numbers) - len(found)
     say(f"{agree} of {len(numbers)} combinations agree with the reference")
     if asked.keep:
-        report.keep_outcome(
+        report.keep(
             "fuzz",
             {
                 "seed": asked.seed,

@@ -25,7 +25,6 @@ from lhopt_fused.schedules import GRID, SCHEDULES, Schedule
 
 __all__ = [
     "CONTENDERS",
-    "HIDDEN",
     "SHOWN",
     "Configuration",
     "Contender",
@@ -193,12 +192,11 @@ def policy_configuration(policy: str, *, eval_loss: bool = False) -> Configurati
     start = {**found.start_options.to_plain(), **found.start_hyperparameters}
     identified = json.dumps([probe.state_dict()["lhopt"]["fingerprint"], start], sort_keys=True)
     fingerprint = hashlib.sha256(identified.encode()).hexdigest()
-    shown = SHOWN if eval_loss else HIDDEN
     return {
         "policy": policy,
         "name": found.name,
         "fingerprint": fingerprint,
-        "eval_loss": shown,
+        "eval_loss": SHOWN if eval_loss else HIDDEN,
     }
 
 

@@ -85,5 +85,5 @@ def survive(kills: int, seed: int) -> Survival:
 if __name__ == "__main__":
     SURVIVAL = survive(int(sys.argv[1]), seed=0)
     print(f"{SURVIVAL}: all as in a run without kills: {SURVIVAL.ended == SURVIVAL.equal}")
-    report.keep_outcome("kills", {"ranks": RANKS, "seed": 0, **asdict(SURVIVAL)})
+    report.keep("kills", {"ranks": RANKS, "seed": 0, **asdict(SURVIVAL)})
     sys.exit(SURVIVAL.ended != SURVIVAL.equal)
