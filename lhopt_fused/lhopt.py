@@ -417,6 +417,7 @@ class LHOPT(CIAO):
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`CIAO`'s, and under ``"lhopt"`` the policy's side of the run."""
+        registers = self.registers.state_dict()
         own = {
             "policy": self.policy.name,
             "fingerprint": _fingerprint(self.policy),
@@ -428,10 +429,11 @@ class LHOPT(CIAO):
             "left_lr": list(self._left_lr),
             "losses": self._losses.clone(),
             "observed": list(self._observed),
-            "registers": self.registers.state_dict(),
+            "register_states": registers.pop("held"),
+            "registers": registers,
             "history": [step.to_plain() for step in self.history],
         }
-        return self._carry(super().state_dict(), _STATE_KEY, own)
+        return self._carry(super().state_dict(), _STATE_KEY, own, large=("register_states",))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -452,13 +454,10 @@ class LHOPT(CIAO):
                 what = f"policy {saved['policy']!r}" if name == "fingerprint" else saved[name]
                 here = f"policy {self.policy.name!r}" if name == "fingerprint" else value
                 raise ValueError(f"the state dict was saved with {name} {what}, here it is {here}")
-        if len(saved["registers"]["held"]) != len(self.registers):
-            raise ValueError(
-                f"the state dict has {len(saved['registers']['held'])} restart registers, the "
-                f"optimizer {len(self.registers)}"
-            )
+        registers = {**saved["registers"], "held": saved.get("register_states", {})}
+        self.registers.check(registers)
         self._check_saved(state_dict)
-        self.registers.load_state_dict(saved["registers"])
+        self.registers.load_state_dict(registers)
         super().load_state_dict(state_dict)
         self._policy_run.set_state(saved["policy_state"].cpu().numpy())
         self._done_steps = saved["done_steps"]

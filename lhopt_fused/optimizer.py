@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import warnings
@@ -646,9 +647,16 @@ class MeasuredOptimizer(Optimizer):
         Where parameters are sharded, so is their state, and every rank must call this. It is all
         tensors and plain values: ``torch.load(weights_only=True)`` reads it. A run resumed from it
         is bit-identical to one that never stopped.
+
+        The corrections of ``"split16"`` are the bits of their int16 as bfloat16: no collective of
+        gloo or NCCL, which put whole states together, takes int16.
         """
         self._settle()
         saved = super().state_dict()
+        saved["state"] = {
+            place: {name: _viewed(value, torch.int16, torch.bfloat16) for name, value in kept.items()}
+            for place, kept in saved["state"].items()
+        }
         run = self._run
         sums = run.features.folded_sums() if run is not None else self._feature_sums
         measured = {
@@ -661,21 +669,37 @@ class MeasuredOptimizer(Optimizer):
         return self._carry(saved, _STATE_KEY, measured)
 
     @staticmethod
-    def _carry(saved: dict[str, Any], key: str, value: dict[str, Any]) -> dict[str, Any]:
+    def _carry(
+        saved: dict[str, Any], key: str, value: dict[str, Any], large: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         """Put ``value`` into a state dict, and into its first group: it is ``param_groups`` and
-        ``state`` alone that torch.distributed.checkpoint keeps. In a tuple, it is one thing there:
-        what has more entries than in the optimizer that loads it is kept whole. Of a full state
-        dict, it hands a list back."""
+        ``state`` alone that torch.distributed.checkpoint keeps.
+
+        There it is bytes, so that what has more entries than in the optimizer that loads it is
+        kept whole, and beside them the tensors of the entries in ``large``, dicts by name.
+        """
+        packed = io.BytesIO()
+        torch.save({name: held for name, held in value.items() if name not in large}, packed)
         saved[key] = value
-        saved["param_groups"][0][key] = (value,)
+        saved["param_groups"][0][key] = (
+            packed.getvalue(),
+            {name: value[name] for name in large},
+        )
         return saved
 
     @staticmethod
     def _carried(state_dict: dict[str, Any], key: str) -> dict[str, Any] | None:
-        """What :meth:`_carry` has put there; None if there is nothing."""
-        places = (state_dict, *state_dict.get("param_groups", ()))
-        value = next((place[key] for place in places if key in place), None)
-        return value[0] if isinstance(value, tuple | list) else value
+        """What :meth:`_carry` has put there, without what is empty of the large entries; None if
+        there is nothing."""
+        if key in state_dict:
+            held: dict[str, Any] = state_dict[key]
+            return held
+        places = (group for group in state_dict.get("param_groups", ()) if key in group)
+        if (group := next(places, None)) is None:
+            return None
+        packed, *large = group[key]  # a list of the bytes alone, where torch has flattened it
+        value = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+        return {**value, **(large[0] if large else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; moments and scalars keep their own dtype.
@@ -698,7 +722,11 @@ class MeasuredOptimizer(Optimizer):
         for saved_id, param in zip(saved_ids, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, torch.Tensor):
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
+                    value = value.detach().to(param.device, copy=True)
+                    is_viewed = name == "master_correction"
+                    self.state[param][name] = (
+                        _viewed(value, torch.bfloat16, torch.int16) if is_viewed else value
+                    )
         measured = self._carried(state_dict, _STATE_KEY) or {}
         self._settings |= {name: measured[name] for name in _STORAGE if name in measured}
         self._run = self._pending = None
@@ -777,6 +805,13 @@ def _check_same_params(number: int, saved: dict[str, Any], here: dict[str, Any])
             f"param_groups[{number}] of the state dict does not fit: it lacks the parameters "
             f"{missing} and has {extra}, which are not here"
         )
+
+
+def _viewed(value: Any, dtype: torch.dtype, other: torch.dtype) -> Any:
+    """A tensor of ``dtype`` as the same bits of ``other``, in the same memory; others as they are."""
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        return value
+    return placed(local_tensor(value).view(other), value)
 
 
 def _placed_state(

@@ -146,28 +146,45 @@ class RestartRegisters:
     def state_dict(self) -> dict[str, Any]:
         """Contents as tensors and plain values; the tensors of files as well.
 
+        ``"held"`` has them by the register's number, as a string, for those that are filled.
+
         Raises:
             RegisterFileError: a file is gone or damaged.
         """
-        held = [self._read(i) if filled else None for i, filled in enumerate(self._filled)]
+        held = {str(i): self._read(i) for i, filled in enumerate(self._filled) if filled}
         return {"losses": list(self.losses), "progress": list(self.progress), "held": held}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` does not take.
+
+        Raises:
+            ValueError: it is of another number of registers, or has lost what they held.
+        """
+        progress = state["progress"]
+        if len(progress) != len(self):
+            raise ValueError(
+                f"the state dict has {len(progress)} restart registers, the optimizer "
+                f"{len(self)}; build it with restart_registers={len(progress)}"
+            )
+        filled = {str(index) for index, at in enumerate(progress) if not math.isnan(at)}
+        if filled != set(state["held"]):
+            raise ValueError(
+                f"the state dict has the tensors of the restart registers {sorted(state['held'])}, "
+                f"but {sorted(filled)} were filled; where rank 0 alone has loaded it, load it on "
+                "every rank: torch broadcasts no tensors that the other optimizers lack"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, into memory or files as it is here.
 
         Raises:
-            ValueError: it is of another number of registers.
+            ValueError: :meth:`check` refuses it; nothing has changed.
             RegisterFileError: there is no room on the disk.
         """
-        if len(state["held"]) != len(self):
-            raise ValueError(
-                f"the checkpoint has {len(state['held'])} restart registers, the optimizer "
-                f"{len(self)}; build it with restart_registers={len(state['held'])}"
-            )
-        for index, held in enumerate(state["held"]):
-            if held is not None:
-                self.save(index, held, 0.0, 0.0)
-            self._filled[index] = held is not None
+        self.check(state)
+        self._filled = [False] * len(self)
+        for index, held in state["held"].items():
+            self.save(int(index), held, 0.0, 0.0)
         self.losses, self.progress = list(state["losses"]), list(state["progress"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -230,9 +230,9 @@ def test_host_memory_is_pinned_where_the_state_is_on_a_gpu(device: str) -> None:
     state = {"p": torch.randn(1000, device=device), "m": torch.randn(10, device=device)}
     held, saved = RestartRegisters(1), {name: value.clone() for name, value in state.items()}
     resumed = {name: value.cpu() for name, value in state.items()}
-    held.load_state_dict({"losses": [0.0], "progress": [0.0], "held": [resumed]})
+    held.load_state_dict({"losses": [0.0], "progress": [0.0], "held": {"0": resumed}})
     held.save(0, state, 1.0, 0.1)
-    on_host = held.state_dict()["held"][0].values()
+    on_host = held.state_dict()["held"]["0"].values()
     assert all(value.is_pinned() == (device == "cuda") for value in on_host)
     for value in state.values():
         value.zero_()

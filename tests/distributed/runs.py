@@ -170,7 +170,7 @@ def bits(tensors: Sequence[torch.Tensor]) -> str:
     """The same for equal bits alone."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

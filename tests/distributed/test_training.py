@@ -20,7 +20,7 @@ from distributed.training import (
     one_dies,
     refusals,
     through_full_states,
-    with_registers,
+    registers_saved,
 )
 from distributed.worlds import GPUS, on, worlds
 from tolerances import SHARDED_RUN, assert_close
@@ -140,16 +140,32 @@ def test_codes_and_split_masters_do_not_see_the_number_of_ranks(
     assert of["third"][2] == of["first"][2] == kept
 
 
-@pytest.mark.parametrize("from_first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "from_first"),
+    [
+        ("sharded", False),
+        ("sharded", True),
+        ("split16", False),
+        ("split16", True),
+        ("registers", False),
+    ],
+)
 @pytest.mark.parametrize(("device", "ranks"), worlds(2))
-def test_goes_on_with_whole_states(device: str, ranks: int, from_first: bool) -> None:
+def test_goes_on_with_whole_states(device: str, ranks: int, kind: str, from_first: bool) -> None:
     """As those write that keep a checkpoint in one file."""
-    for throughout, resumed in run_ranks(through_full_states, ranks, from_first, device=device):
-        assert resumed == throughout
+    found = run_ranks(through_full_states, ranks, kind, from_first, device=device)
+    for throughout, resumed in found:
+        assert resumed["bits"] == throughout["bits"]
+
+
+def test_registers_do_not_get_lost_in_whole_states_of_one_rank() -> None:
+    """torch broadcasts no tensor that the other optimizers do not have yet."""
+    with pytest.raises(RuntimeError, match="load it on every rank"):
+        run_ranks(through_full_states, 2, "registers", True)
 
 
 def test_registers_in_use_go_into_a_checkpoint(tmp_path: Path) -> None:
-    for found in run_ranks(with_registers, 2, str(tmp_path)):
+    for found in run_ranks(registers_saved, 2, str(tmp_path)):
         assert any(found["held"])
         assert any("load" in used or "swap" in used for used in found["used"])
         throughout, resumed = found["bits"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 import shutil
@@ -66,7 +67,7 @@ def batch(step: int) -> torch.Tensor:
 def train(model: torch.nn.Module, optimizer: LHOPT, first: int, last: int, share: slice) -> None:
     """Steps on a share of each batch."""
     for step in range(first, last):
-        x = batch(step)[share]
+        x = batch(step)[share].to(next(model.parameters()).dtype)
         loss = (model(x).squeeze(-1) - x.sum(-1)).square().mean()
         loss.backward()
         optimizer.observe(train_loss=loss.detach())
@@ -78,8 +79,10 @@ def fingerprint(value: Any) -> str:
     """The same for equal numbers and bits alone, whatever holds them."""
     if isinstance(value, torch.Tensor):
         return bits([whole(value)])
+    if isinstance(value, bytes):  # equal numbers are not always packed into equal bytes
+        return fingerprint(torch.load(io.BytesIO(value), weights_only=True))
     if isinstance(value, dict):
-        return repr([(key, fingerprint(held)) for key, held in value.items()])
+        return repr(sorted((str(key), fingerprint(held)) for key, held in value.items()))
     if isinstance(value, list | tuple):
         return repr([fingerprint(held) for held in value])
     return repr(value)
@@ -193,7 +196,7 @@ def _low_precision_bits(model: torch.nn.Module, optimizer: AdamW) -> str:
     for param in model.parameters():
         state = optimizer.state[param]
         tensors += [whole(param), *(whole(x) for _, x in sorted(state.items()) if x.dim())]
-    return bits([x.float() for x in tensors])
+    return bits(tensors)
 
 
 def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: int) -> Any:
@@ -212,26 +215,26 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     return begun, reached(model, optimizer), kept
 
 
-def through_full_states(rank: int, ranks: int, from_first: bool) -> list[str]:
-    """Bits of a run, and of one that goes on with its whole state in the middle.
+def through_full_states(
+    rank: int, ranks: int, kind: str, from_first: bool
+) -> list[dict[str, Any]]:
+    """What a run has come to, and one that goes on with its whole state in the middle.
 
-    With ``from_first``, rank 0 alone has it.
+    Of parameters that are sharded, in bfloat16 with split masters or not, or of whole ones with
+    restart registers (``kind``). With ``from_first``, rank 0 alone has the state.
     """
 
-    def begun() -> tuple[torch.nn.Module, CIAO]:
-        model = sharded(make_model(), ranks)
-        return model, CIAO.lhopt(model.parameters(), lr=1e-2)
-
-    def go_on(model: torch.nn.Module, optimizer: CIAO, first: int, last: int) -> str:
-        for step in range(first, last):
-            model(batch(step)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        params = bits([whole(p) for p in model.parameters()])
-        return params + repr(optimizer.pop_inner_features(extra=True))
+    def begun() -> tuple[torch.nn.Sequential, LHOPT]:
+        if kind == "split16":
+            model = sharded(make_model().bfloat16(), ranks)
+            return model, make_optimizer(model, master_weights="split16")
+        if kind == "sharded":
+            model = sharded(make_model(), ranks)
+            return model, make_optimizer(model)
+        return with_registers(make_model())
 
     model, optimizer = begun()
-    go_on(model, optimizer, 0, STEPS // 2)
+    train(model, optimizer, 0, 2 * STEPS // 3, slice(8))
     whole_states = StateDictOptions(full_state_dict=True, cpu_offload=from_first)
     kept = copy.deepcopy(get_model_state_dict(model, options=whole_states))
     of_optimizer = get_optimizer_state_dict(model, optimizer, options=whole_states)
@@ -241,23 +244,25 @@ def through_full_states(rank: int, ranks: int, from_first: bool) -> list[str]:
     set_model_state_dict(other, kept, options=loads)
     set_optimizer_state_dict(other, resumed, of_optimizer, options=loads)
     runs = (model, optimizer), (other, resumed)
-    return [go_on(*run, STEPS // 2, STEPS) for run in runs]
+    for run in runs:
+        train(*run, 2 * STEPS // 3, STEPS, slice(8))
+    return [reached(*run) for run in runs]
 
 
-def with_registers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+def with_registers(model: torch.nn.Sequential) -> tuple[torch.nn.Sequential, LHOPT]:
+    """A run whose policy uses restart registers."""
+    policy = random_policy(0, registers=True)
+    return model, make_optimizer(model, policy=policy, sample=True, restart_registers=3)
+
+
+def registers_saved(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     """A run whose policy uses restart registers, saved with some in use, and gone on with."""
-
-    def begun() -> tuple[torch.nn.Sequential, LHOPT]:
-        model = make_model()
-        policy = random_policy(0, registers=True)
-        return model, make_optimizer(model, policy=policy, sample=True, restart_registers=3)
-
-    model, optimizer = begun()
+    model, optimizer = with_registers(make_model())
     train(model, optimizer, 0, 2 * STEPS // 3, slice(8))
     save(model, optimizer, Path(folder) / "saved")
     held = [not math.isnan(progress) for progress in optimizer.registers.progress]
     train(model, optimizer, 2 * STEPS // 3, STEPS, slice(8))
-    other, resumed = begun()
+    other, resumed = with_registers(make_model())
     load(other, resumed, Path(folder) / "saved")
     train(other, resumed, 2 * STEPS // 3, STEPS, slice(8))
     return {
