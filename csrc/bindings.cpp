@@ -90,21 +90,22 @@ using CorrectionPlace = std::pair<uintptr_t, int>;
 // Where the scales of both moments' codes are.
 using ScalePlaces = std::pair<uintptr_t, uintptr_t>;
 
-Correction CheckedCorrection(const std::optional<CorrectionPlace>& place, DType param_dtype,
-                             bool has_master, int64_t size) {
-  if (!place) return Correction::kNone;
-  const auto [address, bits] = *place;
+WeightsType CheckedWeights(const std::optional<CorrectionPlace>& correction, DType param_dtype,
+                           bool has_master, int64_t size) {
+  if (!correction)
+    return has_master ? WeightsType::kFloat32 : static_cast<WeightsType>(param_dtype);
+  const auto [address, bits] = *correction;
   Require(bits == 8 || bits == 16, "a correction has 8 or 16 bits");
   Require(param_dtype == DType::kBFloat16 && !has_master,
           "a correction is that of a bfloat16 parameter without a master");
   Require(size == 0 || address != 0, "correction is a null pointer");
   Require(address % (bits / 8) == 0, "correction is not aligned to its element size");
-  return bits == 8 ? Correction::k8Bits : Correction::k16Bits;
+  return bits == 8 ? WeightsType::kSplit8 : WeightsType::kSplit16;
 }
 
 void CheckMoments(MomentType type, uintptr_t exp_avg, uintptr_t exp_avg_sq,
                   const std::optional<ScalePlaces>& scales, int64_t size) {
-  const uintptr_t width = type == MomentType::kFloat32 ? 4 : type == MomentType::kBFloat16 ? 2 : 1;
+  const uintptr_t width = kMomentBytes[static_cast<int>(type)];
   Require(exp_avg % width == 0, "exp_avg is not aligned to its element size");
   Require(exp_avg_sq % width == 0, "exp_avg_sq is not aligned to its element size");
   Require((type == MomentType::kCodes) == scales.has_value(), "codes and nothing else has scales");
@@ -127,7 +128,7 @@ TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> maste
   Require(!master || param_dtype != DType::kFloat32, "a float32 parameter needs no master");
   const auto moment_type = Checked<MomentType>(moments, kNumMomentTypes, Named("moments"));
   CheckMoments(moment_type, exp_avg, exp_avg_sq, scales, size);
-  const Correction kind = CheckedCorrection(correction, param_dtype, master.has_value(), size);
+  const WeightsType weights = CheckedWeights(correction, param_dtype, master.has_value(), size);
   const auto [avg_scale, avg_sq_scale] = scales.value_or(ScalePlaces{0, 0});
   return {reinterpret_cast<void*>(param),
           Pointer<float>(master.value_or(0), "master"),
@@ -139,8 +140,8 @@ TensorSpec MakeTensor(uintptr_t param, int dtype, std::optional<uintptr_t> maste
           reinterpret_cast<uint8_t*>(grad_signs.value_or(0)),
           size,
           param_dtype,
+          weights,
           moment_type,
-          kind,
           group,
           grad_signs.has_value(),
           is_vector};

@@ -47,12 +47,6 @@ inline float ToFloat(Float16 x) {
 // Round to nearest even, NaN stays NaN.
 inline void FromFloat(float x, float* out) { *out = x; }
 
-inline void FromFloat(float x, BFloat16* out) {
-  const uint32_t bits = BitsOf(x);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
 inline void FromFloat(float x, Float16* out) {
   const uint32_t bits = BitsOf(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;

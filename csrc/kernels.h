@@ -15,13 +15,19 @@ inline constexpr int8_t kNoGradient = -1;  // in place of a gradient's dtype
 enum class Denominator : uint8_t { kRms, kMax };
 inline constexpr int kNumDenominators = 2;
 
-// How moments are kept between steps; see kernels/formats.py.
+// How parameters are kept between steps; see kernels/formats.py. The first are DType's; the others,
+// bfloat16 and what it lacks of a float32 master, in 8 or 16 bits.
+enum class WeightsType : uint8_t { kFloat32, kBFloat16, kFloat16, kSplit8, kSplit16 };
+inline constexpr int kNumWeightsTypes = 5;
+inline constexpr int64_t kParamBytes[kNumWeightsTypes] = {4, 2, 2, 2, 2};
+inline constexpr int64_t kCorrectionBytes[kNumWeightsTypes] = {0, 0, 0, 1, 2};
+
+inline bool IsSplit(WeightsType weights) { return kCorrectionBytes[static_cast<int>(weights)] > 0; }
+
+// How moments are.
 enum class MomentType : uint8_t { kFloat32, kBFloat16, kCodes };
 inline constexpr int kNumMomentTypes = 3;
-
-// What a bfloat16 parameter keeps of its master; see kernels/formats.py.
-enum class Correction : uint8_t { kNone, k8Bits, k16Bits };
-inline constexpr int kNumCorrections = 3;
+inline constexpr int64_t kMomentBytes[kNumMomentTypes] = {4, 2, 1};
 
 // Elements that share a scale, and each of which has a place in the dither.
 inline constexpr int64_t kScaleBlock = 64;
@@ -30,14 +36,6 @@ inline constexpr int64_t kScaleBlock = 64;
 struct Dither {
   uint32_t words[kScaleBlock];  // of 16 bits
   float shares[kScaleBlock];    // the same, of the distance between two codes
-};
-
-// The same piece of both moments as codes of 8 bits, with the bits of their bfloat16 scales.
-struct Codes {
-  int8_t* exp_avg;
-  uint8_t* exp_avg_sq;
-  uint16_t* exp_avg_scale;
-  uint16_t* exp_avg_sq_scale;
 };
 
 // What a pass over the moments does besides: what a tensor's trust ratio asks for.
@@ -51,9 +49,14 @@ inline constexpr int kNumPasses = 3;
 // The same piece of one tensor's arrays, in memory order.
 struct Slice {
   void* param;
+  void* corrections;  // of split weights
   const void* grad;
-  float* exp_avg;     // m
-  float* exp_avg_sq;  // v
+  void* exp_avg;            // m
+  void* exp_avg_sq;         // v
+  uint16_t* exp_avg_scale;  // of codes, the bits of their bfloat16 scales
+  uint16_t* exp_avg_sq_scale;
+  const Dither* dither;  // of moments that are not float32
+  int64_t place;         // of the first element in the dither; 0 with codes
   int64_t size;
 };
 
@@ -112,48 +115,52 @@ struct alignas(64) Sums {
   }
 };
 
-// Adds to `sums`; `slice.size` is a multiple of the instruction set's width.
+// Sizes are multiples of the instruction set's width, and of a block where moments are codes, but
+// where a comment says otherwise.
+
+// Adds to `sums`.
 using UpdateKernel = void (*)(const Slice& slice, const Coefficients& coefficients, Sums& sums);
 // Any size. Sum of (scale g)^2.
 using SumOfSquaresKernel = double (*)(const void* grad, int64_t size, float scale);
 // Any size. Packs scale g < 0 into bits (element i is bit i % 8 of byte i / 8) and returns how many
 // bits stayed as they were.
 using PackSignsKernel = int64_t (*)(const void* grad, int64_t size, float scale, uint8_t* bits);
-// Any size. To float32, and from there to the nearest number.
-using WidenKernel = void (*)(const void* from, int64_t size, float* to);
-using NarrowKernel = void (*)(const float* from, int64_t size, void* to);
-// Any size. To one of the two nearest numbers at random, the first element being number `element`
-// of those with these keys. Returns the sum of squares of what is stored.
-using NarrowRandomlyKernel = double (*)(const float* from, int64_t size, const RandomKeys& keys,
-                                        uint32_t element, void* to);
-// Whole blocks of codes, to float32 and back.
-using DecodeKernel = void (*)(const Codes& from, int64_t size, float* exp_avg, float* exp_avg_sq);
-using EncodeKernel = void (*)(const float* exp_avg, const float* exp_avg_sq, int64_t size,
-                              const Dither& dither, const Codes& to);
-// Any size. To bfloat16, dithered, the first element being the first of a block.
-using NarrowDitheredKernel = void (*)(const float* from, int64_t size, const Dither& dither,
-                                      void* to);
-// Any size. A bfloat16 parameter and its correction to the float32 master, and back.
-using JoinKernel = void (*)(const void* param, const void* correction, int64_t size, float* master);
-using SplitKernel = void (*)(const float* master, int64_t size, void* param, void* correction);
+// The slice's gradients to float32.
+using ReadGradientsKernel = void (*)(const Slice& slice, float* gradients);
+// Its weights to float32, and from there to how they are kept.
+using ReadWeightsKernel = void (*)(const Slice& slice, float* weights);
+using WriteWeightsKernel = void (*)(const float* weights, const Slice& slice);
+// To one of the two nearest numbers at random, the first element being number `element` of those
+// with these keys.
+using WriteRandomlyKernel = void (*)(const float* weights, const RandomKeys& keys, uint32_t element,
+                                     const Slice& slice);
+// Both moments, in the same way.
+using ReadMomentsKernel = void (*)(const Slice& slice, float* exp_avg, float* exp_avg_sq);
+using WriteMomentsKernel = void (*)(const float* exp_avg, const float* exp_avg_sq,
+                                    const Slice& slice);
 
+// An update for each combination would be hundreds of kernels, most of which nobody runs. Weights
+// and gradients have theirs in the pairs that training makes: float32 with its own gradients or
+// with bfloat16 ones (of a parameter whose master it is), and bfloat16, split or not, with
+// bfloat16. The others are null: those numbers become float32 before the step and are written again
+// after it.
 struct Kernels {
   const char* name;
   int64_t width;  // elements per vector
-  // Moments, with or without statistics: [param dtype][grad dtype][denominator][statistics][pass].
-  UpdateKernel update[kNumDTypes][kNumDTypes][kNumDenominators][2][kNumPasses];
-  // The parameters' update from stored moments: [param dtype][denominator].
-  UpdateKernel apply[kNumDTypes][kNumDenominators];
+  // Moments, with or without statistics:
+  // [weights][grad dtype][moments][denominator][statistics][pass].
+  UpdateKernel update[kNumWeightsTypes][kNumDTypes][kNumMomentTypes][kNumDenominators][2]
+                     [kNumPasses];
+  // The parameters' update from stored float32 moments: [weights][denominator].
+  UpdateKernel apply[kNumWeightsTypes][kNumDenominators];
   SumOfSquaresKernel sum_of_squares[kNumDTypes];
   PackSignsKernel pack_signs[kNumDTypes];
-  WidenKernel widen[kNumDTypes];
-  NarrowKernel narrow[kNumDTypes];
-  NarrowRandomlyKernel narrow_randomly[kNumDTypes];
-  DecodeKernel decode;
-  EncodeKernel encode;
-  NarrowDitheredKernel narrow_dithered;
-  JoinKernel join[kNumCorrections];
-  SplitKernel split[kNumCorrections];
+  ReadGradientsKernel read_gradients[kNumDTypes];
+  ReadWeightsKernel read_weights[kNumWeightsTypes];
+  WriteWeightsKernel write_weights[kNumWeightsTypes];
+  WriteRandomlyKernel write_randomly[kNumDTypes];
+  ReadMomentsKernel read_moments[kNumMomentTypes];
+  WriteMomentsKernel write_moments[kNumMomentTypes];
 };
 
 extern const Kernels kScalarKernels;

@@ -28,208 +28,202 @@ auto WithType(DType dtype, const void* data, const Function& function) {
 }
 
 Slice SubSlice(const Slice& slice, const Variant& variant, int64_t begin, int64_t size) {
-  return {static_cast<char*>(slice.param) + begin * SizeOf(variant.param),
+  const auto weights = static_cast<int>(variant.weights);
+  const int64_t moment = begin * kMomentBytes[static_cast<int>(variant.moments)];
+  const int64_t block = variant.moments == MomentType::kCodes ? begin / kScaleBlock : 0;
+  const auto bytes = [](void* data, int64_t offset) { return static_cast<char*>(data) + offset; };
+  return {bytes(slice.param, begin * kParamBytes[weights]),
+          bytes(slice.corrections, begin * kCorrectionBytes[weights]),
           static_cast<const char*>(slice.grad) + begin * SizeOf(variant.grad),
-          slice.exp_avg + begin, slice.exp_avg_sq + begin, size};
+          bytes(slice.exp_avg, moment),
+          bytes(slice.exp_avg_sq, moment),
+          slice.exp_avg_scale + block,
+          slice.exp_avg_sq_scale + block,
+          slice.dither,
+          (slice.place + begin) % kScaleBlock,
+          size};
 }
 
-// Whole vectors by one kernel, the tail by its scalar twin.
-void RunWithTail(const Kernels& kernels, UpdateKernel vector, UpdateKernel scalar,
-                 const Variant& variant, const Slice& slice, const Coefficients& coefficients,
-                 Sums& sums) {
-  const int64_t tail = slice.size % kernels.width;
-  const int64_t whole = slice.size - tail;
-  if (whole > 0) vector(SubSlice(slice, variant, 0, whole), coefficients, sums);
-  if (tail > 0) scalar(SubSlice(slice, variant, whole, tail), coefficients, sums);
+// Calls `run(kernels, begin, size)` for whole vectors, and for the tail with the scalar kernels.
+template <class Function>
+void ForVectorsAndTail(const Kernels& kernels, int64_t size, const Function& run) {
+  const int64_t tail = size % kernels.width;
+  if (size > tail) run(kernels, int64_t{0}, size - tail);
+  if (tail > 0) run(kScalarKernels, size - tail, tail);
 }
 
 UpdateKernel UpdateKernelOf(const Kernels& kernels, const Variant& v, Pass pass) {
-  return kernels.update[static_cast<int>(v.param)][static_cast<int>(v.grad)]
-                       [static_cast<int>(v.denominator)][v.statistics][static_cast<int>(pass)];
+  return kernels.update[static_cast<int>(v.weights)][static_cast<int>(v.grad)][static_cast<int>(
+      v.moments)][static_cast<int>(v.denominator)][v.statistics][static_cast<int>(pass)];
 }
 
 UpdateKernel ApplyKernelOf(const Kernels& kernels, const Variant& v) {
-  return kernels.apply[static_cast<int>(v.param)][static_cast<int>(v.denominator)];
+  return kernels.apply[static_cast<int>(v.weights)][static_cast<int>(v.denominator)];
 }
 
-int64_t FiniteIndices(DType dtype, const void* grad, int64_t size, int32_t* indices) {
-  return WithType(dtype, grad, [&](const auto* g) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      indices[count] = static_cast<int32_t>(i);
-      count += IsFinite(g[i]);
-    }
-    return count;
-  });
-}
-
-double MaskedParamSq(const Variant& variant, const Slice& slice) {
-  return WithType(variant.param, slice.param, [&](const auto* p) {
-    return WithType(variant.grad, slice.grad, [&](const auto* g) {
-      double sum = 0.0;
-      for (int64_t i = 0; i < slice.size; ++i) {
-        const double x = ToFloat(p[i]);
-        if (!IsFinite(g[i])) sum += x * x;
-      }
-      return sum;
-    });
-  });
-}
-
-template <class T>
-void Gather(const T* from, const int32_t* indices, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[indices[i]];
-}
-
-template <class T>
-void Scatter(const T* from, const int32_t* indices, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[indices[i]] = from[i];
-}
-
-void GatherBytes(const void* from, int64_t width, const int32_t* indices, int64_t count, void* to) {
-  if (width == 2) {
-    Gather(static_cast<const uint16_t*>(from), indices, count, static_cast<uint16_t*>(to));
-  } else {
-    Gather(static_cast<const uint32_t*>(from), indices, count, static_cast<uint32_t*>(to));
+int64_t FiniteIndices(const float* grad, int64_t size, int32_t* indices) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    indices[count] = static_cast<int32_t>(i);
+    count += IsFinite(grad[i]);
   }
+  return count;
 }
 
-void ScatterBytes(const void* from, int64_t width, const int32_t* indices, int64_t count,
-                  void* to) {
-  if (width == 2) {
-    Scatter(static_cast<const uint16_t*>(from), indices, count, static_cast<uint16_t*>(to));
-  } else {
-    Scatter(static_cast<const uint32_t*>(from), indices, count, static_cast<uint32_t*>(to));
+double MaskedParamSq(const Slice& slice) {
+  const float* const param = static_cast<const float*>(slice.param);
+  const float* const grad = static_cast<const float*>(slice.grad);
+  double sum = 0.0;
+  for (int64_t i = 0; i < slice.size; ++i) {
+    const double x = param[i];
+    if (!IsFinite(grad[i])) sum += x * x;
   }
+  return sum;
 }
 
-// The elements of a block whose gradient is finite, packed together and put back afterwards.
+void Gather(const void* from, const int32_t* indices, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const float*>(from)[indices[i]];
+}
+
+void Scatter(const float* from, const int32_t* indices, int64_t count, void* to) {
+  for (int64_t i = 0; i < count; ++i) static_cast<float*>(to)[indices[i]] = from[i];
+}
+
+// The elements of a float32 block whose gradient is finite, packed together and put back
+// afterwards.
 class PackedBlock {
  public:
-  PackedBlock(const Variant& variant, const Slice& slice) : variant_(variant), slice_(slice) {
-    count_ = FiniteIndices(variant.grad, slice.grad, slice.size, indices_);
-    GatherBytes(slice.param, SizeOf(variant.param), indices_, count_, param_);
-    GatherBytes(slice.grad, SizeOf(variant.grad), indices_, count_, grad_);
+  explicit PackedBlock(const Slice& slice) : slice_(slice) {
+    count_ = FiniteIndices(static_cast<const float*>(slice.grad), slice.size, indices_);
+    Gather(slice.param, indices_, count_, param_);
+    Gather(slice.grad, indices_, count_, grad_);
     Gather(slice.exp_avg, indices_, count_, exp_avg_);
     Gather(slice.exp_avg_sq, indices_, count_, exp_avg_sq_);
   }
 
-  Slice Packed() { return {param_, grad_, exp_avg_, exp_avg_sq_, count_}; }
+  Slice Packed() {
+    Slice packed{};
+    packed.param = param_;
+    packed.grad = grad_;
+    packed.exp_avg = exp_avg_;
+    packed.exp_avg_sq = exp_avg_sq_;
+    packed.size = count_;
+    return packed;
+  }
 
   void PutBack() const {
-    ScatterBytes(param_, SizeOf(variant_.param), indices_, count_, slice_.param);
+    Scatter(param_, indices_, count_, slice_.param);
     Scatter(exp_avg_, indices_, count_, slice_.exp_avg);
     Scatter(exp_avg_sq_, indices_, count_, slice_.exp_avg_sq);
   }
 
  private:
-  const Variant& variant_;
   const Slice& slice_;
   int64_t count_;
   int32_t indices_[kGatherBlock];
-  uint32_t param_[kGatherBlock], grad_[kGatherBlock];  // room for either width
+  float param_[kGatherBlock], grad_[kGatherBlock];
   float exp_avg_[kGatherBlock], exp_avg_sq_[kGatherBlock];
 };
 
-// Of one step of a tensor, from 1 on; see kernels/formats.py.
-Dither DitherOf(uint32_t step) {
-  constexpr uint32_t kPlaceStep = 37345;
-  const uint32_t first = Mix(step);
-  Dither dither;
-  for (uint32_t i = 0; i < kScaleBlock; ++i) {
-    dither.words[i] = (first + kPlaceStep * i) & 0xffffu;
-    dither.shares[i] = static_cast<float>(dither.words[i]) * 0x1p-16f;
-  }
-  return dither;
+void ReadGradients(const Kernels& kernels, DType dtype, const void* grad, int64_t size, float* to) {
+  ForVectorsAndTail(kernels, size, [&](const Kernels& of, int64_t begin, int64_t count) {
+    Slice slice{};
+    slice.grad = static_cast<const char*>(grad) + begin * SizeOf(dtype);
+    slice.size = count;
+    of.read_gradients[static_cast<int>(dtype)](slice, to + begin);
+  });
 }
 
 // A block of a slice, decoded.
 class DecodedBlock {
  public:
   DecodedBlock(const Kernels& kernels, const Variant& variant, const Slice& slice,
-               const Storage& storage, int64_t at)
-      : kernels_(kernels), stored_type_(variant.param), storage_(storage), variant_(variant) {
-    slice_.size = std::min(kGatherBlock, slice.size - at);
-    param_ = static_cast<char*>(slice.param) + at * SizeOf(variant.param);
-    slice_.grad = static_cast<const char*>(slice.grad) + at * SizeOf(variant.grad);
-    slice_.param = param_;
-    if (!storage.keeps_weights()) DecodeWeights(at);
-    if (storage.keeps_moments()) {
-      slice_.exp_avg = slice.exp_avg + at;
-      slice_.exp_avg_sq = slice.exp_avg_sq + at;
-    } else {
-      DecodeMoments(at);
-    }
-    storage_.begin += at;
+               const Decoding& decoding, int64_t begin)
+      : kernels_(kernels),
+        kept_variant_(variant),
+        kept_(SubSlice(slice, variant, begin, std::min(kGatherBlock, slice.size - begin))),
+        decoding_(decoding),
+        begin_(decoding.begin + begin),
+        variant_(variant),
+        slice_(kept_) {
+    if (decoding.weights) DecodeWeights();
+    if (decoding.gradients) DecodeGradients();
+    if (decoding.moments) DecodeMoments();
   }
 
   const Variant& variant() const { return variant_; }
   const Slice& slice() const { return slice_; }
 
-  void StoreMoments(const Dither& dither) const {
-    if (storage_.moments == MomentType::kCodes) {
-      kernels_.encode(decoded_avg_, decoded_avg_sq_, slice_.size, dither, codes_);
-    } else if (storage_.moments == MomentType::kBFloat16) {
-      kernels_.narrow_dithered(decoded_avg_, slice_.size, dither, codes_.exp_avg);
-      kernels_.narrow_dithered(decoded_avg_sq_, slice_.size, dither, codes_.exp_avg_sq);
-    }
+  void StoreMoments() const {
+    if (!decoding_.moments) return;
+    ForKept([&](const Kernels& kernels, const Slice& part, int64_t at) {
+      const auto write = kernels.write_moments[static_cast<int>(kept_variant_.moments)];
+      write(exp_avg_ + at, exp_avg_sq_ + at, part);
+    });
   }
 
-  // Returns the sum of squares of what is stored, where chance has a say in it.
+  // Returns the sum of squares of what is stored, where that is all that is left of the weights.
   std::optional<double> StoreWeights() const {
-    if (storage_.correction != Correction::kNone) {
-      kernels_.split[static_cast<int>(storage_.correction)](weights_, slice_.size, param_,
-                                                            corrections_);
-    } else if (storage_.random != nullptr) {
-      const auto element = static_cast<uint64_t>(storage_.begin);
-      const RandomKeys keys = KeysOf(*storage_.random, static_cast<uint32_t>(element >> 32));
-      return kernels_.narrow_randomly[static_cast<int>(stored_type_)](
-          weights_, slice_.size, keys, static_cast<uint32_t>(element), param_);
-    }
-    return std::nullopt;
+    if (!decoding_.weights) return std::nullopt;
+    const auto type = static_cast<int>(kept_variant_.weights);
+    ForKept([&](const Kernels& kernels, const Slice& part, int64_t at) {
+      if (decoding_.random == nullptr) {
+        kernels.write_weights[type](weights_ + at, part);
+      } else {
+        StoreRandomly(kernels.write_randomly[type], part, at);
+      }
+    });
+    if (IsSplit(kept_variant_.weights)) return std::nullopt;
+    return kernels_.sum_of_squares[type](kept_.param, kept_.size, 1.0f);
   }
 
  private:
-  void DecodeWeights(int64_t at) {
-    const int64_t width = storage_.correction == Correction::k16Bits ? 2 : 1;
-    if (storage_.correction != Correction::kNone) {
-      corrections_ = static_cast<char*>(storage_.corrections) + at * width;
-      kernels_.join[static_cast<int>(storage_.correction)](param_, corrections_, slice_.size,
-                                                           weights_);
-    } else {
-      kernels_.widen[static_cast<int>(stored_type_)](param_, slice_.size, weights_);
-    }
-    slice_.param = weights_;
-    variant_.param = DType::kFloat32;
+  template <class Function>
+  void ForKept(const Function& run) const {
+    ForVectorsAndTail(kernels_, kept_.size, [&](const Kernels& of, int64_t begin, int64_t size) {
+      run(of, SubSlice(kept_, kept_variant_, begin, size), begin);
+    });
   }
 
-  void DecodeMoments(int64_t at) {
-    const bool are_codes = storage_.moments == MomentType::kCodes;
-    const int64_t width = are_codes ? 1 : 2;
-    codes_.exp_avg = static_cast<int8_t*>(storage_.exp_avg) + at * width;
-    codes_.exp_avg_sq = static_cast<uint8_t*>(storage_.exp_avg_sq) + at * width;
-    if (are_codes) {
-      codes_.exp_avg_scale = storage_.exp_avg_scale + at / kScaleBlock;
-      codes_.exp_avg_sq_scale = storage_.exp_avg_sq_scale + at / kScaleBlock;
-      kernels_.decode(codes_, slice_.size, decoded_avg_, decoded_avg_sq_);
-    } else {
-      const auto widen = kernels_.widen[static_cast<int>(DType::kBFloat16)];
-      widen(codes_.exp_avg, slice_.size, decoded_avg_);
-      widen(codes_.exp_avg_sq, slice_.size, decoded_avg_sq_);
-    }
-    slice_.exp_avg = decoded_avg_;
-    slice_.exp_avg_sq = decoded_avg_sq_;
+  void DecodeWeights() {
+    ForKept([&](const Kernels& kernels, const Slice& part, int64_t at) {
+      kernels.read_weights[static_cast<int>(kept_variant_.weights)](part, weights_ + at);
+    });
+    variant_.weights = WeightsType::kFloat32;
+    slice_.param = weights_;
+  }
+
+  void DecodeGradients() {
+    ReadGradients(kernels_, kept_variant_.grad, kept_.grad, kept_.size, grad_);
+    variant_.grad = DType::kFloat32;
+    slice_.grad = grad_;
+  }
+
+  void DecodeMoments() {
+    ForKept([&](const Kernels& kernels, const Slice& part, int64_t at) {
+      const auto read = kernels.read_moments[static_cast<int>(kept_variant_.moments)];
+      read(part, exp_avg_ + at, exp_avg_sq_ + at);
+    });
+    variant_.moments = MomentType::kFloat32;
+    slice_.exp_avg = exp_avg_;
+    slice_.exp_avg_sq = exp_avg_sq_;
+  }
+
+  void StoreRandomly(WriteRandomlyKernel write, const Slice& part, int64_t at) const {
+    const auto element = static_cast<uint64_t>(begin_ + at);
+    const RandomKeys keys = KeysOf(*decoding_.random, static_cast<uint32_t>(element >> 32));
+    write(weights_ + at, keys, static_cast<uint32_t>(element), part);
   }
 
   const Kernels& kernels_;
-  const DType stored_type_;
-  Storage storage_;
+  const Variant& kept_variant_;
+  const Slice kept_;
+  const Decoding& decoding_;
+  const int64_t begin_;
   Variant variant_;
-  Slice slice_{};
-  void* param_;
-  void* corrections_ = nullptr;
-  Codes codes_{};
-  float weights_[kGatherBlock], decoded_avg_[kGatherBlock], decoded_avg_sq_[kGatherBlock];
+  Slice slice_;
+  float weights_[kGatherBlock], grad_[kGatherBlock];
+  float exp_avg_[kGatherBlock], exp_avg_sq_[kGatherBlock];
 };
 
 template <class Step>
@@ -237,7 +231,7 @@ void ForPackedBlocks(const Variant& variant, const Slice& slice, const Step& ste
   for (int64_t begin = 0; begin < slice.size; begin += kGatherBlock) {
     const int64_t size = std::min(kGatherBlock, slice.size - begin);
     const Slice block = SubSlice(slice, variant, begin, size);
-    PackedBlock packed(variant, block);
+    PackedBlock packed(block);
     step(block, packed.Packed());
     packed.PutBack();
   }
@@ -245,16 +239,16 @@ void ForPackedBlocks(const Variant& variant, const Slice& slice, const Step& ste
 
 double SumOfSquaresOfFinite(const Kernels& kernels, DType dtype, const void* grad, int64_t size,
                             float scale) {
-  const int64_t width = SizeOf(dtype);
   double sum = 0.0;
   for (int64_t begin = 0; begin < size; begin += kGatherBlock) {
     int32_t indices[kGatherBlock];
-    uint32_t packed[kGatherBlock];
-    const char* block = static_cast<const char*>(grad) + begin * width;
-    const int64_t count =
-        FiniteIndices(dtype, block, std::min(kGatherBlock, size - begin), indices);
-    GatherBytes(block, width, indices, count, packed);
-    sum += kernels.sum_of_squares[static_cast<int>(dtype)](packed, count, scale);
+    float block[kGatherBlock], packed[kGatherBlock];
+    const int64_t block_size = std::min(kGatherBlock, size - begin);
+    const char* const first = static_cast<const char*>(grad) + begin * SizeOf(dtype);
+    ReadGradients(kernels, dtype, first, block_size, block);
+    const int64_t count = FiniteIndices(block, block_size, indices);
+    Gather(block, indices, count, packed);
+    sum += kernels.sum_of_squares[static_cast<int>(DType::kFloat32)](packed, count, scale);
   }
   return sum;
 }
@@ -281,22 +275,28 @@ GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, i
   return {unscale(SumOfSquaresOfFinite(kernels, dtype, grad, size, kDown), kDown), true};
 }
 
+bool HasKernels(const Kernels& kernels, const Variant& variant) {
+  return UpdateKernelOf(kernels, variant, Pass::kPlain) != nullptr;
+}
+
 void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums) {
-  RunWithTail(kernels, UpdateKernelOf(kernels, variant, pass),
-              UpdateKernelOf(kScalarKernels, variant, pass), variant, slice, coefficients, sums);
+  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
+    UpdateKernelOf(of, variant, pass)(SubSlice(slice, variant, begin, size), coefficients, sums);
+  });
 }
 
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,
                 const Coefficients& coefficients, Sums& sums) {
-  RunWithTail(kernels, ApplyKernelOf(kernels, variant), ApplyKernelOf(kScalarKernels, variant),
-              variant, slice, coefficients, sums);
+  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
+    ApplyKernelOf(of, variant)(SubSlice(slice, variant, begin, size), coefficients, sums);
+  });
 }
 
 void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                       const Coefficients& coefficients, Sums& sums) {
   ForPackedBlocks(variant, slice, [&](const Slice& block, const Slice& packed) {
-    const double masked_sq = MaskedParamSq(variant, block);
+    const double masked_sq = MaskedParamSq(block);
     sums.param_sq += masked_sq;
     sums.new_param_sq += masked_sq;
     UpdateSlice(kernels, variant, pass, packed, coefficients, sums);
@@ -306,24 +306,43 @@ void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass,
 void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
                      const Coefficients& coefficients, Sums& sums) {
   ForPackedBlocks(variant, slice, [&](const Slice& block, const Slice& packed) {
-    sums.new_param_sq += MaskedParamSq(variant, block);
+    sums.new_param_sq += MaskedParamSq(block);
     ApplySlice(kernels, variant, packed, coefficients, sums);
   });
 }
 
 void ForDecodedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
-                      const Storage& storage, bool stores, Sums& sums,
+                      const Decoding& decoding, bool stores, Sums& sums,
                       const std::function<void(const Variant&, const Slice&)>& operation) {
-  const Dither dither = DitherOf(storage.step);
-  for (int64_t at = 0; at < slice.size; at += kGatherBlock) {
-    DecodedBlock block(kernels, variant, slice, storage, at);
+  for (int64_t begin = 0; begin < slice.size; begin += kGatherBlock) {
+    const DecodedBlock block(kernels, variant, slice, decoding, begin);
     const double sum_before = sums.new_param_sq;
     operation(block.variant(), block.slice());
     if (!stores) continue;
-    block.StoreMoments(dither);
+    block.StoreMoments();
     const std::optional<double> stored_sq = block.StoreWeights();
     if (stored_sq) sums.new_param_sq = sum_before + *stored_sq;
   }
+}
+
+void Narrow(const Kernels& kernels, const float* from, int64_t size, DType dtype, void* to) {
+  ForVectorsAndTail(kernels, size, [&](const Kernels& of, int64_t begin, int64_t count) {
+    Slice slice{};
+    slice.param = static_cast<char*>(to) + begin * SizeOf(dtype);
+    slice.size = count;
+    of.write_weights[static_cast<int>(dtype)](from + begin, slice);
+  });
+}
+
+Dither DitherOf(uint32_t step) {
+  constexpr uint32_t kPlaceStep = 37345;
+  const uint32_t first = Mix(step);
+  Dither dither;
+  for (uint32_t i = 0; i < kScaleBlock; ++i) {
+    dither.words[i] = (first + kPlaceStep * i) & 0xffffu;
+    dither.shares[i] = static_cast<float>(dither.words[i]) * 0x1p-16f;
+  }
+  return dither;
 }
 
 int64_t UpdateSigns(const Kernels& kernels, DType dtype, bool masked, const void* grad,

@@ -10,8 +10,9 @@ namespace lhopt {
 
 // What a kernel is instantiated for.
 struct Variant {
-  DType param;
+  WeightsType weights;
   DType grad;
+  MomentType moments;
   Denominator denominator;
   bool statistics;
 };
@@ -28,40 +29,41 @@ GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, i
 void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums);
 
-// The parameters' update from stored moments; adds to `sums.new_param_sq`.
+// The parameters' update from stored float32 moments; adds to `sums.new_param_sq`.
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,
                 const Coefficients& coefficients, Sums& sums);
 
 // The same, leaving alone the elements whose gradient is not finite. They count for the
-// parameter's norms and for nothing else.
+// parameter's norms and for nothing else. All numbers are float32, decoded if need be.
 void UpdateFiniteOnly(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                       const Coefficients& coefficients, Sums& sums);
 void ApplyFiniteOnly(const Kernels& kernels, const Variant& variant, const Slice& slice,
                      const Coefficients& coefficients, Sums& sums);
 
-// How a piece of a tensor is kept, where that is not how it is stepped.
-struct Storage {
-  MomentType moments;
-  void* exp_avg;  // in place of the slice's where they are not float32
-  void* exp_avg_sq;
-  uint16_t* exp_avg_scale;  // of codes
-  uint16_t* exp_avg_sq_scale;
-  Correction correction;
-  void* corrections;
-  const Randomness* random;  // of parameters that are rounded at random, or null
-  uint32_t step;             // of the tensor, from 1 on
-  int64_t begin;             // element of the tensor, a multiple of every power of two up to 4,096
-
-  bool keeps_weights() const { return correction == Correction::kNone && random == nullptr; }
-  bool keeps_moments() const { return moments == MomentType::kFloat32; }
+// What becomes float32 for the time of the step, because no kernel steps it as it is kept.
+struct Decoding {
+  bool weights;
+  bool gradients;
+  bool moments;
+  const Randomness* random;  // by which the weights are rounded afterwards, or null
+  int64_t begin;             // the slice's first element in the tensor
 };
 
-// Calls `operation` with blocks of the slice in which what is kept otherwise has been decoded to
-// float32. What it has made of them is stored again where `stores` says so: `sums.new_param_sq` is
-// of the result of random rounding, else of what `operation` says.
+// Whether weights and gradients can be stepped as they are kept.
+bool HasKernels(const Kernels& kernels, const Variant& variant);
+
+// Calls `operation` with blocks of the slice that are decoded so. What it has made of them is
+// stored again where `stores` says so: then `sums.new_param_sq` is of what is stored, or of the
+// masters where these are split.
 void ForDecodedBlocks(const Kernels& kernels, const Variant& variant, const Slice& slice,
-                      const Storage& storage, bool stores, Sums& sums,
+                      const Decoding& decoding, bool stores, Sums& sums,
                       const std::function<void(const Variant&, const Slice&)>& operation);
+
+// Any size. To the nearest number of `dtype`.
+void Narrow(const Kernels& kernels, const float* from, int64_t size, DType dtype, void* to);
+
+// Of one step of a tensor, from 1 on; see kernels/formats.py.
+Dither DitherOf(uint32_t step);
 
 // Replaces the stored gradient signs and returns how many stayed the same. With `masked`, gradients
 // that are not finite are stored as not negative and do not count.

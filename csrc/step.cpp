@@ -173,42 +173,30 @@ Step::Mode Step::ModeOf(int32_t tensor) const {
   return delayed && !tensors_[tensor].first_step ? Mode::kOnePass : Mode::kTwoPass;
 }
 
-Slice Step::SliceOf(const Chunk& chunk) const {
-  const TensorSpec& spec = specs_[chunk.tensor];
-  const Tensor& tensor = tensors_[chunk.tensor];
-  const auto at = [&](const void* data, DType dtype) {
-    return static_cast<const char*>(data) + chunk.begin * kDTypeSize[static_cast<int>(dtype)];
-  };
-  const auto moment = [&](void* data) {
-    const bool is_stepped = spec.moments == MomentType::kFloat32;
-    return is_stepped ? static_cast<float*>(data) + chunk.begin : nullptr;
-  };
-  const void* const weights = spec.master != nullptr ? spec.master : spec.param;
-  return {const_cast<char*>(at(weights, WeightsType(chunk.tensor))),
-          at(tensor.gradient.data, tensor.gradient.dtype), moment(spec.exp_avg),
-          moment(spec.exp_avg_sq), chunk.size};
+const void* Step::GradientOf(const Chunk& chunk) const {
+  const Gradient& gradient = tensors_[chunk.tensor].gradient;
+  const int64_t bytes = kDTypeSize[static_cast<int>(gradient.dtype)];
+  return static_cast<const char*>(gradient.data) + chunk.begin * bytes;
 }
 
-Storage Step::StorageOf(const Chunk& chunk, const Randomness* random) const {
+Slice Step::SliceOf(const Chunk& chunk) const {
   const TensorSpec& spec = specs_[chunk.tensor];
-  constexpr int64_t kMomentBytes[kNumMomentTypes] = {4, 2, 1};
-  constexpr int64_t kCorrectionBytes[kNumCorrections] = {0, 1, 2};
-  const int64_t moment = chunk.begin * kMomentBytes[static_cast<int>(spec.moments)];
-  const int64_t correction = chunk.begin * kCorrectionBytes[static_cast<int>(spec.correction)];
+  const int64_t moment_bytes = kMomentBytes[static_cast<int>(spec.moments)];
+  const auto weights = static_cast<int>(spec.weights);
   const int64_t block = spec.moments == MomentType::kCodes ? chunk.begin / kScaleBlock : 0;
-  const auto bytes = [](void* data, int64_t offset) {
-    return offset == 0 ? data : static_cast<char*>(data) + offset;
+  const auto at = [&](void* data, int64_t bytes) {
+    return static_cast<char*>(data) + chunk.begin * bytes;
   };
-  return {spec.moments,
-          bytes(spec.exp_avg, moment),
-          bytes(spec.exp_avg_sq, moment),
+  return {at(spec.master != nullptr ? spec.master : spec.param, kParamBytes[weights]),
+          at(spec.corrections, kCorrectionBytes[weights]),
+          GradientOf(chunk),
+          at(spec.exp_avg, moment_bytes),
+          at(spec.exp_avg_sq, moment_bytes),
           spec.exp_avg_scale + block,
           spec.exp_avg_sq_scale + block,
-          spec.correction,
-          bytes(spec.corrections, correction),
-          random,
-          static_cast<uint32_t>(StateOf(chunk.tensor)[kStep]),
-          chunk.begin};
+          &tensors_[chunk.tensor].dither,
+          chunk.begin % kScaleBlock,
+          chunk.size};
 }
 
 // ---- Running a step ----
@@ -275,8 +263,8 @@ void Step::Begin(const std::vector<Gradient>& gradients, bool in_phases) {
     Tensor& tensor = tensors_[t];
     tensor.gradient = gradients[t];
     tensor.first_step = StateOf(t)[kStep] == 0;
-    tensor.variant = {WeightsType(t), tensor.gradient.dtype, OptionsOf(t).denominator,
-                      statistics_ != nullptr};
+    tensor.variant = {specs_[t].weights, tensor.gradient.dtype, specs_[t].moments,
+                      OptionsOf(t).denominator, statistics_ != nullptr};
     tensor.chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
     tensor.apply_chunks_left.store(tensor.num_chunks(), std::memory_order_relaxed);
     tensor.step_size_known.store(false, std::memory_order_relaxed);
@@ -322,9 +310,8 @@ void Step::RunGradientTicket(const Ticket& ticket) {
   for (int32_t i = ticket.end_chunk; i-- > ticket.first_chunk;) {
     const Chunk& chunk = chunks_[i];
     if (modes_[chunk.tensor] == Mode::kAbsent || !NeedsGradientPass(chunk.tensor)) continue;
-    const Slice slice = SliceOf(chunk);
     gradient_sums_[i] =
-        SumGradient(kernels_, tensors_[chunk.tensor].gradient.dtype, slice.grad, slice.size);
+        SumGradient(kernels_, tensors_[chunk.tensor].gradient.dtype, GradientOf(chunk), chunk.size);
   }
   const bool is_last = gradient_tickets_left_.fetch_sub(1, std::memory_order_acq_rel) == 1;
   if (is_last && !in_phases_) Prepare();
@@ -401,6 +388,7 @@ void Step::PrepareTensor(int32_t t) {
   Tensor& tensor = tensors_[t];
   double* const state = StateOf(t);
   AdvanceBiasCorrections(ScalarsOf(t), state);
+  if (specs_[t].moments != MomentType::kFloat32) tensor.dither = DitherOf(StepOf(t));
   tensor.clip = clips_[specs_[t].group];
   tensor.coefficients = CoefficientsOf(tensor.clip, OptionsOf(t), ScalarsOf(t), state);
   tensor.learning_rate = LearningRate(OptionsOf(t), ScalarsOf(t), state);
@@ -430,29 +418,35 @@ void Step::StepChunk(int32_t index, bool stores, const Operation& operation) {
   const TensorSpec& spec = specs_[chunk.tensor];
   const Variant& variant = tensors_[chunk.tensor].variant;
   const Slice slice = SliceOf(chunk);
-  const bool is_random = rounding_seed_ && variant.param != DType::kFloat32;
+  const bool is_random =
+      rounding_seed_ && spec.weights != WeightsType::kFloat32 && !IsSplit(spec.weights);
   const Randomness random{rounding_seed_.value_or(0), static_cast<uint32_t>(chunk.tensor),
-                          static_cast<uint32_t>(StateOf(chunk.tensor)[kStep])};
-  const Storage storage = StorageOf(chunk, is_random ? &random : nullptr);
-  if (storage.keeps_weights() && storage.keeps_moments()) {
-    operation(variant, slice);
+                          StepOf(chunk.tensor)};
+  const bool finite_only = gradient_sums_[index].nonfinite;
+  const bool widens = is_random || finite_only || !HasKernels(kernels_, variant);
+  const Decoding decoding{widens && variant.weights != WeightsType::kFloat32,
+                          widens && variant.grad != DType::kFloat32,
+                          finite_only && variant.moments != MomentType::kFloat32,
+                          is_random ? &random : nullptr, chunk.begin};
+  if (decoding.weights || decoding.gradients || decoding.moments) {
+    ForDecodedBlocks(kernels_, variant, slice, decoding, stores, sums_[index], operation);
   } else {
-    ForDecodedBlocks(kernels_, variant, slice, storage, stores, sums_[index], operation);
+    operation(variant, slice);
   }
   if (stores && spec.master != nullptr) {
-    const auto dtype = static_cast<int>(spec.dtype);
-    kernels_.narrow[dtype](spec.master + chunk.begin, chunk.size,
-                           static_cast<char*>(spec.param) + chunk.begin * kDTypeSize[dtype]);
+    void* const param =
+        static_cast<char*>(spec.param) + chunk.begin * kDTypeSize[static_cast<int>(spec.dtype)];
+    Narrow(kernels_, spec.master + chunk.begin, chunk.size, spec.dtype, param);
   }
 }
 
 void Step::RunMoments(int32_t index) {
   const Chunk& chunk = chunks_[index];
   Tensor& tensor = tensors_[chunk.tensor];
-  const Slice slice = SliceOf(chunk);
+  const void* const grad = GradientOf(chunk);
   GradientSum& gradient = gradient_sums_[index];
   if (!NeedsGradientPass(chunk.tensor)) {
-    gradient = SumGradient(kernels_, tensor.variant.grad, slice.grad, slice.size);
+    gradient = SumGradient(kernels_, tensor.variant.grad, grad, chunk.size);
   }
   Sums& sums = sums_[index];
   sums = {};
@@ -466,7 +460,7 @@ void Step::RunMoments(int32_t index) {
   const TensorSpec& spec = specs_[chunk.tensor];
   if (spec.keeps_signs) {
     sums.count_same_sign_grad = static_cast<double>(
-        UpdateSigns(kernels_, tensor.variant.grad, gradient.nonfinite, slice.grad, slice.size,
+        UpdateSigns(kernels_, tensor.variant.grad, gradient.nonfinite, grad, chunk.size,
                     tensor.coefficients.grad_scale, spec.grad_signs + chunk.begin / 8));
   }
   if (tensor.chunks_left.fetch_sub(1, std::memory_order_acq_rel) == 1) FinishMoments(chunk.tensor);

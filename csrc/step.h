@@ -31,17 +31,17 @@ namespace lhopt {
 
 struct TensorSpec {
   void* param;
-  float* master;  // what is stepped in place of the parameter, which becomes its copy; or null
-  void* corrections;
+  float* master;      // what is stepped in place of the parameter, which becomes its copy; or null
+  void* corrections;  // of split weights
   void* exp_avg;
   void* exp_avg_sq;
   uint16_t* exp_avg_scale;  // of codes
   uint16_t* exp_avg_sq_scale;
   uint8_t* grad_signs;
   int64_t size;
-  DType dtype;  // of the parameter
+  DType dtype;          // of the parameter
+  WeightsType weights;  // what is stepped: the master, if there is one
   MomentType moments;
-  Correction correction;
   int32_t group;
   bool keeps_signs;
   bool is_vector;
@@ -109,6 +109,7 @@ class Step {
     Gradient gradient;
     Variant variant;
     Coefficients coefficients;
+    Dither dither;  // of moments that are not float32
     double clip, learning_rate, step_size, decay_factor;
     bool first_step;
     std::atomic<int32_t> chunks_left{0};        // of the moments
@@ -131,12 +132,12 @@ class Step {
   bool TakesPart(int32_t tensor) const {
     return modes_[tensor] != Mode::kAbsent && !run_skips_[RunOf(tensor)];
   }
-  DType WeightsType(int32_t tensor) const {
-    return specs_[tensor].master != nullptr ? DType::kFloat32 : specs_[tensor].dtype;
-  }
   int32_t RunOf(int32_t tensor) const { return run_of_[specs_[tensor].group]; }
+  uint32_t StepOf(int32_t tensor) const {  // the number of this step, from 1 on
+    return static_cast<uint32_t>(StateOf(tensor)[kStep]);
+  }
+  const void* GradientOf(const Chunk& chunk) const;
   Slice SliceOf(const Chunk& chunk) const;
-  Storage StorageOf(const Chunk& chunk, const Randomness* random) const;
   const GroupOptions& OptionsOf(int32_t tensor) const { return groups_[specs_[tensor].group]; }
   const double* ScalarsOf(int32_t tensor) const {
     return tables_.scalars + specs_[tensor].group * kNumScalars;
