@@ -115,16 +115,14 @@ class SplitWeights {
 
 // ---- Moments ----
 //
-// They are read and written by vectors, in blocks that begin and end, and the last of them have
-// reached memory when all is finished. v is read decayed already: multiplied by beta2.
+// They are read and written by vectors, in blocks of kScaleBlock that begin and end, and the last
+// of them have reached memory when all is finished. v is read decayed already: multiplied by beta2.
 
 struct NoScratch {};
 
 class FloatMoments {
  public:
   static constexpr bool kIsExact = true;  // what is read again is what was written
-  static constexpr int64_t kBlock = kVectorsPerFlush * Vec::kWidth;
-
   using Scratch = NoScratch;
 
   FloatMoments(const Slice& slice, float beta2, Scratch&)
@@ -155,8 +153,6 @@ class FloatMoments {
 class BFloat16Moments {
  public:
   static constexpr bool kIsExact = false;
-  static constexpr int64_t kBlock = FloatMoments::kBlock;
-
   using Scratch = NoScratch;
 
   BFloat16Moments(const Slice& slice, float beta2, Scratch&)
@@ -256,8 +252,8 @@ class CodedMoments {
   }
 
   LHOPT_INLINE void Write(int64_t i, F m, F v) {
-    Store(fresh_.m + i % kWaiting, m);
-    Store(fresh_.roots + i % kWaiting, Vec::Sqrt(v));
+    Store(fresh_.m + (i & (kWaiting - 1)), m);
+    Store(fresh_.roots + (i & (kWaiting - 1)), Vec::Sqrt(v));
     m_largest_ = Vec::Max(m_largest_, Vec::Abs(m));
     v_largest_ = Vec::Max(v_largest_, v);
   }
@@ -278,11 +274,11 @@ class CodedMoments {
   LHOPT_INLINE void Encode(int64_t block) const {
     const F unit = Vec::Set(1.0f / 254.0f), low = Vec::Set(-127.0f), high = Vec::Set(127.0f);
     for (int64_t i = block; i < block + kBlock; i += Vec::kWidth) {
-      const F share = Load(shares_ + i % kBlock), m = Load(fresh_.m + i % kWaiting);
+      const F share = Load(shares_ + (i & (kBlock - 1))), m = Load(fresh_.m + (i & (kWaiting - 1)));
       const F whole = Vec::MulAdd(Vec::Abs(m), unit, m_unit_);
       const F m_code = Vec::Add(Vec::Div(m, whole), share);
       Vec::StoreInts(m_ + i, Vec::Floor(Vec::Max(Vec::Min(m_code, high), low)));
-      const F v_code = Vec::MulAdd(Load(fresh_.roots + i % kWaiting), per_root_, share);
+      const F v_code = Vec::MulAdd(Load(fresh_.roots + (i & (kWaiting - 1))), per_root_, share);
       Vec::StoreInts(v_ + i, Vec::Floor(Vec::Min(v_code, Vec::Set(255.0f))));
     }
   }

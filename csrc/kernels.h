@@ -81,12 +81,12 @@ struct Coefficients {
 };
 
 // Sums over a slice; `m_hat_*` are over m itself until the driver divides by the bias correction.
-// Without statistics at most the first three are filled. |g|^2 is known from
-// the gradient pass, and g.m follows from it and g.momentum.
+// Without statistics at most the first three are filled. g.m follows from g.momentum and |g|^2.
 struct alignas(64) Sums {
   double param_sq;
   double update_sq;
   double new_param_sq;  // of the parameters as stored
+  double grad_sq;       // with scaled gradients, as far as float32 reaches; see SumGradient
   double m_sq;
   double m_hat_minus_grad_sq;
   double grad_dot_param;
@@ -102,6 +102,7 @@ struct alignas(64) Sums {
     param_sq += other.param_sq;
     update_sq += other.update_sq;
     new_param_sq += other.new_param_sq;
+    grad_sq += other.grad_sq;
     m_sq += other.m_sq;
     m_hat_minus_grad_sq += other.m_hat_minus_grad_sq;
     grad_dot_param += other.grad_dot_param;
@@ -118,8 +119,12 @@ struct alignas(64) Sums {
 // Sizes are multiples of the instruction set's width, and of a block where moments are codes, but
 // where a comment says otherwise.
 
-// Adds to `sums`.
-using UpdateKernel = void (*)(const Slice& slice, const Coefficients& coefficients, Sums& sums);
+// Adds to `sums`. Returns how many elements it has stepped: with `looks`, those before the first
+// block of kScaleBlock that holds a gradient that is not finite.
+using UpdateKernel = int64_t (*)(const Slice& slice, const Coefficients& coefficients, Sums& sums,
+                                 bool looks);
+// Adds to `sums.new_param_sq`.
+using ApplyKernel = void (*)(const Slice& slice, const Coefficients& coefficients, Sums& sums);
 // Any size. Sum of (scale g)^2.
 using SumOfSquaresKernel = double (*)(const void* grad, int64_t size, float scale);
 // Any size. Packs scale g < 0 into bits (element i is bit i % 8 of byte i / 8) and returns how many
@@ -152,7 +157,7 @@ struct Kernels {
   UpdateKernel update[kNumWeightsTypes][kNumDTypes][kNumMomentTypes][kNumDenominators][2]
                      [kNumPasses];
   // The parameters' update from stored float32 moments: [weights][denominator].
-  UpdateKernel apply[kNumWeightsTypes][kNumDenominators];
+  ApplyKernel apply[kNumWeightsTypes][kNumDenominators];
   SumOfSquaresKernel sum_of_squares[kNumDTypes];
   PackSignsKernel pack_signs[kNumDTypes];
   ReadGradientsKernel read_gradients[kNumDTypes];

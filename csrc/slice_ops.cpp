@@ -57,7 +57,7 @@ UpdateKernel UpdateKernelOf(const Kernels& kernels, const Variant& v, Pass pass)
       v.moments)][static_cast<int>(v.denominator)][v.statistics][static_cast<int>(pass)];
 }
 
-UpdateKernel ApplyKernelOf(const Kernels& kernels, const Variant& v) {
+ApplyKernel ApplyKernelOf(const Kernels& kernels, const Variant& v) {
   return kernels.apply[static_cast<int>(v.weights)][static_cast<int>(v.denominator)];
 }
 
@@ -259,13 +259,12 @@ GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, i
   // Powers of two, so that scaling is exact. Up: squares down to 1e-38 of the smallest normal
   // float are kept. Down: squares and sums of the largest float stay in range.
   constexpr float kUp = 0x1p60f, kDown = 0x1p-80f;
-  constexpr double kTiny = 1e-24;  // below, squares of some elements may have been lost
   const auto sum_of_squares = kernels.sum_of_squares[static_cast<int>(dtype)];
   const auto unscale = [](double sum, double scale) { return sum / (scale * scale); };
 
   const double sum = sum_of_squares(grad, size, 1.0f);
   if (std::isfinite(sum)) {
-    if (sum >= kTiny) return {sum, false};
+    if (sum >= kSmallestSumSq) return {sum, false};
     return {unscale(sum_of_squares(grad, size, kUp), kUp), false};
   }
   const double scaled = sum_of_squares(grad, size, kDown);
@@ -282,8 +281,20 @@ bool HasKernels(const Kernels& kernels, const Variant& variant) {
 void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums) {
   ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
-    UpdateKernelOf(of, variant, pass)(SubSlice(slice, variant, begin, size), coefficients, sums);
+    const Slice part = SubSlice(slice, variant, begin, size);
+    UpdateKernelOf(of, variant, pass)(part, coefficients, sums, false);
   });
+}
+
+int64_t UpdateLooking(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
+                      const Coefficients& coefficients, Sums& sums) {
+  int64_t stepped = 0;
+  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
+    if (stepped < begin) return;  // one of the vectors before was not finite
+    const Slice part = SubSlice(slice, variant, begin, size);
+    stepped += UpdateKernelOf(of, variant, pass)(part, coefficients, sums, true);
+  });
+  return stepped;
 }
 
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,

@@ -22,12 +22,20 @@ struct GradientSum {
   bool nonfinite;  // whether there are others
 };
 
+// Below this sum, squares of some elements may have been lost.
+inline constexpr double kSmallestSumSq = 1e-24;
+
 // Sum of squares without overflow or underflow: a finite gradient is never taken for another.
 GradientSum SumGradient(const Kernels& kernels, DType dtype, const void* grad, int64_t size);
 
 // Moments, and what else `pass` says; adds to `sums`.
 void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums);
+
+// The same with a look at the gradients: returns how many elements come before those that are not
+// finite, and are stepped.
+int64_t UpdateLooking(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
+                      const Coefficients& coefficients, Sums& sums);
 
 // The parameters' update from stored float32 moments; adds to `sums.new_param_sq`.
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,

@@ -410,53 +410,80 @@ void Step::SetStepSize(int32_t t, double trust) {
 
 // ---- Moments, and the parameters where the step size is known ----
 
+bool Step::StepsAtRandom(int32_t tensor) const {
+  const WeightsType weights = specs_[tensor].weights;
+  return rounding_seed_ && weights != WeightsType::kFloat32 && !IsSplit(weights);
+}
+
 // Runs `operation` on the numbers that are stepped; `stores` says whether what it makes of them is
 // kept.
 template <class Operation>
-void Step::StepChunk(int32_t index, bool stores, const Operation& operation) {
-  const Chunk& chunk = chunks_[index];
-  const TensorSpec& spec = specs_[chunk.tensor];
-  const Variant& variant = tensors_[chunk.tensor].variant;
-  const Slice slice = SliceOf(chunk);
-  const bool is_random =
-      rounding_seed_ && spec.weights != WeightsType::kFloat32 && !IsSplit(spec.weights);
-  const Randomness random{rounding_seed_.value_or(0), static_cast<uint32_t>(chunk.tensor),
-                          StepOf(chunk.tensor)};
-  const bool finite_only = gradient_sums_[index].nonfinite;
+void Step::StepPiece(const Chunk& piece, bool finite_only, bool stores, Sums& sums,
+                     const Operation& operation) {
+  const TensorSpec& spec = specs_[piece.tensor];
+  const Variant& variant = tensors_[piece.tensor].variant;
+  const Slice slice = SliceOf(piece);
+  const bool is_random = StepsAtRandom(piece.tensor);
+  const Randomness random{rounding_seed_.value_or(0), static_cast<uint32_t>(piece.tensor),
+                          StepOf(piece.tensor)};
   const bool widens = is_random || finite_only || !HasKernels(kernels_, variant);
   const Decoding decoding{widens && variant.weights != WeightsType::kFloat32,
                           widens && variant.grad != DType::kFloat32,
                           finite_only && variant.moments != MomentType::kFloat32,
-                          is_random ? &random : nullptr, chunk.begin};
+                          is_random ? &random : nullptr, piece.begin};
   if (decoding.weights || decoding.gradients || decoding.moments) {
-    ForDecodedBlocks(kernels_, variant, slice, decoding, stores, sums_[index], operation);
+    ForDecodedBlocks(kernels_, variant, slice, decoding, stores, sums, operation);
   } else {
     operation(variant, slice);
   }
   if (stores && spec.master != nullptr) {
     void* const param =
-        static_cast<char*>(spec.param) + chunk.begin * kDTypeSize[static_cast<int>(spec.dtype)];
-    Narrow(kernels_, spec.master + chunk.begin, chunk.size, spec.dtype, param);
+        static_cast<char*>(spec.param) + piece.begin * kDTypeSize[static_cast<int>(spec.dtype)];
+    Narrow(kernels_, spec.master + piece.begin, piece.size, spec.dtype, param);
   }
+}
+
+// Where nothing has looked at the gradients before. A kernel that steps numbers as they are kept
+// does so on the way: returns how many elements it has stepped.
+int64_t Step::LookAndUpdate(int32_t index, Pass pass) {
+  const Chunk& chunk = chunks_[index];
+  const Tensor& tensor = tensors_[chunk.tensor];
+  GradientSum& gradient = gradient_sums_[index];
+  Sums& sums = sums_[index];
+  int64_t stepped = 0;
+  if (HasKernels(kernels_, tensor.variant) && !StepsAtRandom(chunk.tensor)) {
+    const auto update = [&](const Variant& variant, const Slice& all) {
+      stepped = UpdateLooking(kernels_, variant, pass, all, tensor.coefficients, sums);
+    };
+    StepPiece(chunk, false, pass != Pass::kMomentsOnly, sums, update);
+  }
+  const bool is_known =
+      !tensor.variant.statistics || (sums.grad_sq >= kSmallestSumSq && std::isfinite(sums.grad_sq));
+  gradient = stepped == chunk.size && is_known
+                 ? GradientSum{sums.grad_sq, false}
+                 : SumGradient(kernels_, tensor.variant.grad, GradientOf(chunk), chunk.size);
+  return stepped;
 }
 
 void Step::RunMoments(int32_t index) {
   const Chunk& chunk = chunks_[index];
   Tensor& tensor = tensors_[chunk.tensor];
   const void* const grad = GradientOf(chunk);
-  GradientSum& gradient = gradient_sums_[index];
-  if (!NeedsGradientPass(chunk.tensor)) {
-    gradient = SumGradient(kernels_, tensor.variant.grad, grad, chunk.size);
-  }
+  const GradientSum& gradient = gradient_sums_[index];
   Sums& sums = sums_[index];
   sums = {};
   const Pass pass = modes_[chunk.tensor] == Mode::kTwoPass ? Pass::kMomentsOnly
                     : UsesTrust(chunk.tensor)              ? Pass::kWithNorms
                                                            : Pass::kPlain;
-  const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
-  StepChunk(index, pass != Pass::kMomentsOnly, [&](const Variant& variant, const Slice& part) {
-    update(kernels_, variant, pass, part, tensor.coefficients, sums);
-  });
+  const int64_t stepped = NeedsGradientPass(chunk.tensor) ? 0 : LookAndUpdate(index, pass);
+  const Chunk rest{chunk.tensor, chunk.begin + stepped, chunk.size - stepped};
+  if (rest.size > 0) {
+    const auto update = gradient.nonfinite ? UpdateFiniteOnly : UpdateSlice;
+    StepPiece(rest, gradient.nonfinite, pass != Pass::kMomentsOnly, sums,
+              [&](const Variant& variant, const Slice& part) {
+                update(kernels_, variant, pass, part, tensor.coefficients, sums);
+              });
+  }
   const TensorSpec& spec = specs_[chunk.tensor];
   if (spec.keeps_signs) {
     sums.count_same_sign_grad = static_cast<double>(
@@ -538,7 +565,7 @@ void Step::RunApply(int32_t index) {
   const bool again = specs_[chunk.tensor].moments != MomentType::kFloat32;
   Sums& sums = sums_[index];
   sums.new_param_sq = 0.0;
-  StepChunk(index, true, [&](const Variant& variant, const Slice& part) {
+  StepPiece(chunk, nonfinite, true, sums, [&](const Variant& variant, const Slice& part) {
     if (again) {
       Variant silent = variant;
       silent.statistics = false;

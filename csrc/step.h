@@ -157,8 +157,11 @@ class Step {
   void ClipGroups();
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);
+  bool StepsAtRandom(int32_t tensor) const;
   template <class Operation>
-  void StepChunk(int32_t chunk, bool stores, const Operation& operation);
+  void StepPiece(const Chunk& piece, bool finite_only, bool stores, Sums& sums,
+                 const Operation& operation);
+  int64_t LookAndUpdate(int32_t chunk, Pass pass);
   void RunMoments(int32_t chunk);
   void FinishMoments(int32_t tensor);
   double* StatisticsOf(int32_t tensor) const;

@@ -57,19 +57,19 @@ class LogSum {
 // The running sums of one block, by lane; see Sums. (An implicit constructor would be compiled
 // for the baseline instruction set.)
 struct LaneSums {
-  LaneSums() : count_gt_epsilon(Vec::Zero()), count_same_sign_momentum(Vec::Zero()) {
+  LaneSums() : count_gt_epsilon{}, count_same_sign_momentum{} {
     param_sq = update_sq = new_param_sq = Vec::Set(0.0f);
-    m_sq = m_hat_minus_grad_sq = Vec::Set(0.0f);
+    grad_sq = m_sq = m_hat_minus_grad_sq = Vec::Set(0.0f);
     grad_dot_param = grad_dot_update = Vec::Set(0.0f);
     grad_dot_momentum = momentum_sq = Vec::Set(0.0f);
   }
 
   F param_sq, update_sq, new_param_sq;
-  F m_sq, m_hat_minus_grad_sq;
+  F grad_sq, m_sq, m_hat_minus_grad_sq;
   F grad_dot_param, grad_dot_update;
   F grad_dot_momentum, momentum_sq;
   LogSum log_abs_update;
-  Vec::I count_gt_epsilon, count_same_sign_momentum;
+  Vec::Counter count_gt_epsilon, count_same_sign_momentum;
 };
 
 // By value, so that what is summed up in the loops stays in registers.
@@ -81,6 +81,7 @@ __attribute__((noinline)) void AddNorms(LaneSums lanes, Sums& sums) {
 
 __attribute__((noinline)) void AddStatistics(LaneSums lanes, Sums& sums) {
   const double update_sq = Vec::Total(lanes.update_sq);
+  sums.grad_sq += Vec::Total(lanes.grad_sq);
   sums.m_sq += Vec::Total(lanes.m_sq);
   sums.m_hat_minus_grad_sq += Vec::Total(lanes.m_hat_minus_grad_sq);
   sums.grad_dot_param += Vec::Total(lanes.grad_dot_param);
@@ -89,8 +90,9 @@ __attribute__((noinline)) void AddStatistics(LaneSums lanes, Sums& sums) {
   sums.momentum_sq += Vec::Total(lanes.momentum_sq);
   // Exponent bits know no NaN or inf; the squares of the same numbers do.
   sums.sum_log_abs_update += isfinite(update_sq) ? lanes.log_abs_update.Total() : update_sq;
-  sums.count_gt_epsilon += static_cast<double>(Vec::Total(lanes.count_gt_epsilon));
-  sums.count_same_sign_momentum += static_cast<double>(Vec::Total(lanes.count_same_sign_momentum));
+  sums.count_gt_epsilon += static_cast<double>(Vec::Counted(lanes.count_gt_epsilon));
+  sums.count_same_sign_momentum +=
+      static_cast<double>(Vec::Counted(lanes.count_same_sign_momentum));
 }
 
 // r: what the denominator is a multiple of.
@@ -141,6 +143,7 @@ LHOPT_INLINE Fresh UpdateMoments(const W& weights, const G* grad, M& moments, in
   if constexpr (kStatistics) {
     const F zero = Vec::Set(0.0f);
     const F noise = Vec::MulSub(m, c.inv_bias_correction1, g);
+    sums.grad_sq = Vec::MulAdd(g, g, sums.grad_sq);
     sums.m_sq = Vec::MulAdd(m, m, sums.m_sq);
     sums.m_hat_minus_grad_sq = Vec::MulAdd(noise, noise, sums.m_hat_minus_grad_sq);
     sums.grad_dot_param = Vec::MulAdd(g, p, sums.grad_dot_param);
@@ -171,69 +174,6 @@ LHOPT_INLINE void UpdateParam(const W& weights, int64_t i, const Fresh& fresh, c
   if constexpr (kStatistics) {
     sums.grad_dot_update = Vec::MulAdd(fresh.g, u, sums.grad_dot_update);
     sums.log_abs_update.Add(Vec::Add(Vec::Abs(u), Vec::Set(1e-8f)));
-  }
-}
-
-// Stretches whose lane sums are flushed. The second half of a vector comes after the first half of
-// the next one: the divisions of both together take as long as one's.
-template <class G, Denominator kDenominator, bool kStatistics, Pass kPass, class W, class M>
-LHOPT_INLINE void UpdateStretch(const W& weights, const G* grad, M& moments, int64_t begin,
-                                int64_t end, const Broadcast& c, LaneSums& sums) {
-  Fresh last{};
-  for (int64_t block = begin; block < end; block += M::kBlock) {
-    moments.BeginBlock(block);
-    for (int64_t i = block; i < Smaller(block + M::kBlock, end); i += Vec::kWidth) {
-      if constexpr (Vec::kWidth > 1) {
-        weights.Prefetch(i);
-        Prefetch(grad + i);
-        moments.Prefetch(i);
-      }
-      const Fresh fresh =
-          UpdateMoments<kDenominator, kStatistics, kPass>(weights, grad, moments, i, c, sums);
-      if (i > begin) UpdateParam<kStatistics, kPass>(weights, i - Vec::kWidth, last, c, sums);
-      last = fresh;
-    }
-    if constexpr (kWritesMoments<M, kPass>) moments.EndBlock();
-  }
-  UpdateParam<kStatistics, kPass>(weights, end - Vec::kWidth, last, c, sums);
-}
-
-template <class W, class G, class M, Denominator kDenominator, bool kStatistics, Pass kPass>
-void Update(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
-  const Broadcast c(coefficients);
-  const W weights(slice);
-  const G* const grad = static_cast<const G*>(slice.grad);
-  typename M::Scratch scratch;
-  M moments(slice, coefficients.beta2, scratch);
-  for (int64_t begin = 0, end; begin < slice.size; begin = end) {
-    end = Smaller(begin + kVectorsPerFlush * Vec::kWidth, slice.size);
-    LaneSums lanes;
-    UpdateStretch<G, kDenominator, kStatistics, kPass>(weights, grad, moments, begin, end, c,
-                                                       lanes);
-    AddNorms(lanes, sums);
-    if constexpr (kStatistics) AddStatistics(lanes, sums);
-  }
-  if constexpr (kWritesMoments<M, kPass>) moments.Finish();
-}
-
-// The parameters' update alone, once the trust ratio is known; sums only `new_param_sq`.
-template <class W, Denominator kDenominator>
-void Apply(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
-  const Broadcast c(coefficients);
-  const W weights(slice);
-  NoScratch none;
-  const FloatMoments moments(slice, 1.0f, none);
-  for (int64_t i = 0; i < slice.size;) {
-    LaneSums lanes;
-    const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, slice.size);
-    for (; i < end; i += Vec::kWidth) {
-      const F p = weights.Read(i);
-      const F root = RootOf<kDenominator>(moments.ReadSecond(i));
-      const F u = UpdateOf(moments.ReadFirst(i), root, p, c);
-      const F kept = weights.Write(i, NewParam(p, u, c));
-      lanes.new_param_sq = Vec::MulAdd(kept, kept, lanes.new_param_sq);
-    }
-    sums.new_param_sq += Vec::Total(lanes.new_param_sq);
   }
 }
 
@@ -268,6 +208,89 @@ double SumOfSquares(const void* grad, int64_t size, float scale) {
     total += static_cast<double>(x * x);
   }
   return total;
+}
+
+template <class G>
+LHOPT_INLINE bool AreFinite(const G* grad, int64_t size) {
+  const F zero = Vec::Set(0.0f);
+  F sum = zero;  // of what finite numbers leave as it is
+  for (int64_t i = 0; i < size; i += Vec::kWidth) sum = Vec::MulAdd(Load(grad + i), zero, sum);
+  return Vec::Packed(Vec::Less(sum, Vec::Set(1.0f))) == (1u << Vec::kWidth) - 1;
+}
+
+// Stretches whose lane sums are flushed. Returns where the kernel has to stop. The second half of a
+// vector comes after the first half of the next one: the divisions of both together take as long as
+// one's.
+template <class G, Denominator kDenominator, bool kStatistics, Pass kPass, class W, class M>
+LHOPT_INLINE int64_t UpdateStretch(const W& weights, const G* grad, M& moments, int64_t begin,
+                                   int64_t end, const Broadcast& c, bool looks, LaneSums& sums) {
+  Fresh last{};
+  for (int64_t block = begin; block < end; block += kScaleBlock) {
+    const int64_t block_end = Smaller(block + kScaleBlock, end);
+    if (looks && !AreFinite(grad + block, block_end - block)) {
+      end = block;
+      break;
+    }
+    moments.BeginBlock(block);
+    for (int64_t i = block; i < block_end; i += Vec::kWidth) {
+      if constexpr (Vec::kWidth > 1) {
+        weights.Prefetch(i);
+        Prefetch(grad + i);
+        moments.Prefetch(i);
+      }
+      const Fresh fresh =
+          UpdateMoments<kDenominator, kStatistics, kPass>(weights, grad, moments, i, c, sums);
+      if (i > begin) UpdateParam<kStatistics, kPass>(weights, i - Vec::kWidth, last, c, sums);
+      last = fresh;
+    }
+    if constexpr (kWritesMoments<M, kPass>) moments.EndBlock();
+  }
+  if (end > begin) UpdateParam<kStatistics, kPass>(weights, end - Vec::kWidth, last, c, sums);
+  return end;
+}
+
+template <class W, class G, class M, Denominator kDenominator, bool kStatistics, Pass kPass>
+int64_t Update(const Slice& slice, const Coefficients& coefficients, Sums& sums, bool looks) {
+  const Broadcast c(coefficients);
+  const W weights(slice);
+  const G* const grad = static_cast<const G*>(slice.grad);
+  typename M::Scratch scratch;
+  M moments(slice, coefficients.beta2, scratch);
+  int64_t done = 0;
+  for (bool goes_on = true; goes_on && done < slice.size;) {
+    const int64_t end = Smaller(done + kVectorsPerFlush * Vec::kWidth, slice.size);
+    LaneSums lanes;
+    done = UpdateStretch<G, kDenominator, kStatistics, kPass>(weights, grad, moments, done, end, c,
+                                                              looks, lanes);
+    goes_on = done == end;
+    AddNorms(lanes, sums);
+    if constexpr (kStatistics) AddStatistics(lanes, sums);
+  }
+  if constexpr (kWritesMoments<M, kPass>) {
+    if (done > 0) moments.Finish();
+  }
+  return done;
+}
+
+// The parameters' update alone, once the trust ratio is known; sums only `new_param_sq`.
+template <class W, Denominator kDenominator>
+void Apply(const Slice& slice, const Coefficients& coefficients, Sums& sums) {
+  const Broadcast c(coefficients);
+  const W weights(slice);
+  NoScratch none;
+  const FloatMoments moments(slice, 1.0f, none);
+  for (int64_t i = 0; i < slice.size;) {
+    LaneSums lanes;
+    const int64_t end = Smaller(i + kVectorsPerFlush * Vec::kWidth, slice.size);
+    for (; i < end; i += Vec::kWidth) {
+      const F p = weights.Read(i);
+      const F root = RootOf<kDenominator>(moments.ReadSecond(i));
+      const F u = UpdateOf(moments.ReadFirst(i), root, p, c);
+      const F kept = weights.Write(i, NewParam(p, u, c));
+      lanes.new_param_sq = Vec::MulAdd(kept, kept, lanes.new_param_sq);
+    }
+    sums.new_param_sq += Vec::Total(lanes.new_param_sq);
+  }
 }
 
 template <class G>
@@ -339,9 +362,9 @@ template <class M>
 void ReadMoments(const Slice& slice, float* exp_avg, float* exp_avg_sq) {
   typename M::Scratch scratch;
   M moments(slice, 1.0f, scratch);
-  for (int64_t block = 0; block < slice.size; block += M::kBlock) {
+  for (int64_t block = 0; block < slice.size; block += kScaleBlock) {
     moments.BeginBlock(block);
-    for (int64_t i = block; i < Smaller(block + M::kBlock, slice.size); i += Vec::kWidth) {
+    for (int64_t i = block; i < Smaller(block + kScaleBlock, slice.size); i += Vec::kWidth) {
       Store(exp_avg + i, moments.ReadFirst(i));
       Store(exp_avg_sq + i, moments.ReadSecond(i));
     }
@@ -352,9 +375,9 @@ template <class M>
 void WriteMoments(const float* exp_avg, const float* exp_avg_sq, const Slice& slice) {
   typename M::Scratch scratch;
   M moments(slice, 1.0f, scratch);
-  for (int64_t block = 0; block < slice.size; block += M::kBlock) {
+  for (int64_t block = 0; block < slice.size; block += kScaleBlock) {
     moments.BeginBlock(block);
-    for (int64_t i = block; i < Smaller(block + M::kBlock, slice.size); i += Vec::kWidth) {
+    for (int64_t i = block; i < Smaller(block + kScaleBlock, slice.size); i += Vec::kWidth) {
       moments.Write(i, Load(exp_avg + i), Load(exp_avg_sq + i));
     }
     moments.EndBlock();

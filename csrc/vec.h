@@ -95,9 +95,10 @@ struct Vec {
   static M Same(M a, M b) { return static_cast<M>(~(a ^ b)); }
   static uint32_t Packed(M a) { return a; }
   static I Zero() { return _mm512_setzero_si512(); }
-  static I Count(I count, M a) {
-    return _mm512_mask_sub_epi32(count, a, count, _mm512_set1_epi32(-1));
-  }
+  // In registers of their own: those of vectors are busier.
+  using Counter = int64_t;
+  static Counter Count(Counter count, M a) { return count + __builtin_popcount(a); }
+  static int64_t Counted(Counter a) { return a; }
 
   // Splits x > 0 into 2^(e - 127) times a factor in [1, 2): returns the factor, adds e to
   // `exponent`.
@@ -213,7 +214,11 @@ struct Vec {
   }
   static uint32_t Packed(M a) { return static_cast<uint32_t>(_mm256_movemask_ps(a)); }
   static I Zero() { return _mm256_setzero_si256(); }
-  static I Count(I count, M a) { return _mm256_sub_epi32(count, _mm256_castps_si256(a)); }
+  using Counter = I;
+  static int64_t Counted(Counter a) { return Total(a); }
+  static Counter Count(Counter count, M a) {
+    return _mm256_sub_epi32(count, _mm256_castps_si256(a));
+  }
 
   static F TakeExponent(F x, I& exponent) {
     const I bits = _mm256_castps_si256(x);
@@ -329,7 +334,9 @@ struct Vec {
     return vaddvq_u32(vandq_u32(a, vld1q_u32(kBit)));
   }
   static I Zero() { return vdupq_n_s32(0); }
-  static I Count(I count, M a) { return vsubq_s32(count, vreinterpretq_s32_u32(a)); }
+  using Counter = I;
+  static int64_t Counted(Counter a) { return Total(a); }
+  static Counter Count(Counter count, M a) { return vsubq_s32(count, vreinterpretq_s32_u32(a)); }
 
   static F TakeExponent(F x, I& exponent) {
     const I bits = vreinterpretq_s32_f32(x);
@@ -422,7 +429,9 @@ struct Vec {
   static M Same(M a, M b) { return a == b; }
   static uint32_t Packed(M a) { return a; }
   static I Zero() { return 0; }
-  static I Count(I count, M a) { return count + a; }
+  using Counter = I;
+  static int64_t Counted(Counter a) { return a; }
+  static Counter Count(Counter count, M a) { return count + a; }
 
   static F TakeExponent(F x, I& exponent) {
     const uint32_t bits = lhopt::BitsOf(x);

@@ -654,7 +654,9 @@ class MeasuredOptimizer(Optimizer):
         self._settle()
         saved = super().state_dict()
         saved["state"] = {
-            place: {name: _viewed(value, torch.int16, torch.bfloat16) for name, value in kept.items()}
+            place: {
+                name: _viewed(value, torch.int16, torch.bfloat16) for name, value in kept.items()
+            }
             for place, kept in saved["state"].items()
         }
         run = self._run
@@ -808,7 +810,7 @@ def _check_same_params(number: int, saved: dict[str, Any], here: dict[str, Any])
 
 
 def _viewed(value: Any, dtype: torch.dtype, other: torch.dtype) -> Any:
-    """A tensor of ``dtype`` as the same bits of ``other``, in the same memory; others as they are."""
+    """A tensor of ``dtype`` as the bits of ``other``, in the same memory; others as they are."""
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
         return value
     return placed(local_tensor(value).view(other), value)

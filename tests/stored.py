@@ -74,9 +74,9 @@ def make_grads(layout: StepLayout, step: int, spoils: bool = False) -> Grads:
         if param.dim() > 1:
             grad *= torch.logspace(-3, 0, param.shape[-1])
         grad *= (torch.rand(param.shape, generator=generator) > 0.1) * (30 if step % 7 == 6 else 1)
-        if spoils and step % 3 == 1 and index in (0, 5):
-            grad.view(-1)[::37] = torch.nan
-            grad.view(-1)[70:90] = torch.inf
+        if spoils and step % 3 == 1 and index in (0, 5, 6):  # the last from its middle on
+            grad.view(-1)[grad.numel() // 2 if index == 6 else 0 :: 37] = torch.nan
+            grad.view(-1)[-90:-70] = torch.inf
         missing = step % 5 == 3 and index in (1, 4)
         grads.append(None if missing else grad.to(param.device, param.dtype))
     return grads

@@ -19,8 +19,8 @@ from distributed.training import (
     make_model,
     one_dies,
     refusals,
-    through_full_states,
     registers_saved,
+    through_full_states,
 )
 from distributed.worlds import GPUS, on, worlds
 from tolerances import SHARDED_RUN, assert_close

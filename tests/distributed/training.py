@@ -215,9 +215,7 @@ def leg(rank: int, ranks: int, begins: str | None, ends: str, first: int, last: 
     return begun, reached(model, optimizer), kept
 
 
-def through_full_states(
-    rank: int, ranks: int, kind: str, from_first: bool
-) -> list[dict[str, Any]]:
+def through_full_states(rank: int, ranks: int, kind: str, from_first: bool) -> list[dict[str, Any]]:
     """What a run has come to, and one that goes on with its whole state in the middle.
 
     Of parameters that are sharded, in bfloat16 with split masters or not, or of whole ones with

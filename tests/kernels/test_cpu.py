@@ -292,6 +292,17 @@ def test_nonfinite_gradients(isa: str, options: StepOptions, masks: bool) -> Non
     assert all(p.isfinite().all() for p in layout.params)
 
 
+@pytest.mark.parametrize("place", [0, 63, 64, 2_047, 2_048, 65_535, 65_536, 70_208, 70_209])
+def test_masks_one_element(isa: str, place: int) -> None:
+    """Where blocks, stretches and chunks begin and end, and beyond the last whole vector."""
+
+    def spoil_one(grads: Grads, step: int) -> None:
+        assert grads[0] is not None
+        grads[0].view(-1)[place] = torch.nan if step else -torch.inf
+
+    check(make_layout(StepOptions(), ((70, 1003),), masks=True), steps=2, change=spoil_one)
+
+
 def test_a_skipped_step_writes_nothing(isa: str) -> None:
     layout = make_layout(LHOPT)
     before = copy.deepcopy(layout)
@@ -310,15 +321,22 @@ def test_a_skipped_step_writes_nothing(isa: str) -> None:
 
 
 @pytest.mark.parametrize("size", [3e18, 1e25, 3e38, 1e-25, 1e-38])
-def test_extreme_but_finite_gradients(isa: str, size: float) -> None:
-    """Their squares leave the range of float32; the step does not, nor do the clipped norms."""
-    options = replace(LHOPT, trust=Trust.NONE)
-    layout = make_layout(options, groups=1, signs=False)
+@pytest.mark.parametrize("clip", [Clip.ROLLING_MAX, Clip.NONE])
+def test_extreme_but_finite_gradients(isa: str, clip: Clip, size: float) -> None:
+    """Their squares leave the range of float32; the step does not, nor do norms, clipped or not."""
+    options = replace(LHOPT, trust=Trust.NONE, clip=clip)
+    layout = make_layout(options, groups=1, signs=False, masks=clip is Clip.NONE)
     expected = copy.deepcopy(layout)
-    grads = [torch.randn(p.shape).clamp(-1, 1) * size for p in layout.params]
-    CpuBackend(layout).step(grads)
-    ReferenceBackend(expected).step(grads)
+    torch.manual_seed(0)
+    grads: Grads = [torch.randn(p.shape).clamp(-1, 1) * size for p in layout.params]
+    measured, defined = table(layout), table(layout)
+    CpuBackend(layout).step(grads, measured)
+    ReferenceBackend(expected).step(grads, defined)
     assert layout.skipped_steps.item() == 0
+    column = STATISTICS.index("grad_sq")
+    torch.testing.assert_close(
+        measured[:, column], defined[:, column], rtol=1e-5, atol=1e-5 * size**2
+    )
     torch.testing.assert_close(layout.group_state, expected.group_state, rtol=1e-6, atol=0)
     for x, y in zip(layout.params, expected.params, strict=True):
         assert_close(x, y, TRAJECTORY[torch.float32], 2.0)
