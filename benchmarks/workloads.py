@@ -30,7 +30,7 @@ def _small(count: int, *devices: str) -> Workload:
         shapes=dict.fromkeys(devices, [(25, 40)] * count),
         quick_shapes=[(25, 40)] * (count // 20 + 1),
         gate_shapes=[(25, 40)] * min(count, 40),
-        steps_per_sample=16,  # as many as statistics are kept before features are finished
+        steps_per_sample=64,  # beyond what the last contestant has left running, and for features
         lead_steps=1,
     )
 
