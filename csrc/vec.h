@@ -16,7 +16,7 @@ struct Vec {
   static constexpr int64_t kWidth = 16;
   using F = __m512;
   using I = __m512i;
-  using M = __mmask16;
+  using M = uint32_t;  // a bit for each lane
 
   static F Set(float x) { return _mm512_set1_ps(x); }
   static F Load(const float* x) { return _mm512_loadu_ps(x); }
@@ -91,8 +91,8 @@ struct Vec {
     return _mm512_srai_epi32(x, kBits);
   }
 
-  static M Less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-  static M Same(M a, M b) { return static_cast<M>(~(a ^ b)); }
+  static M Less(F a, F b) { return _cvtmask16_u32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)); }
+  static M Same(M a, M b) { return a ^ b ^ 0xffffu; }
   static uint32_t Packed(M a) { return a; }
   static I Zero() { return _mm512_setzero_si512(); }
   // In registers of their own: those of vectors are busier.
