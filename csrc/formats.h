@@ -120,14 +120,15 @@ class SplitWeights {
 
 struct NoScratch {};
 
-class FloatMoments {
+// What is a number each.
+template <class T>
+class NumberMoments {
  public:
-  static constexpr bool kIsExact = true;  // what is read again is what was written
   using Scratch = NoScratch;
 
-  FloatMoments(const Slice& slice, float beta2, Scratch&)
-      : m_(static_cast<float*>(slice.exp_avg)),
-        v_(static_cast<float*>(slice.exp_avg_sq)),
+  NumberMoments(const Slice& slice, float beta2)
+      : m_(static_cast<T*>(slice.exp_avg)),
+        v_(static_cast<T*>(slice.exp_avg_sq)),
         beta2_(Vec::Set(beta2)) {}
 
   LHOPT_INLINE void Prefetch(int64_t i) const {
@@ -137,57 +138,50 @@ class FloatMoments {
   LHOPT_INLINE void BeginBlock(int64_t) const {}
   LHOPT_INLINE F ReadFirst(int64_t i) const { return Load(m_ + i); }
   LHOPT_INLINE F ReadSecond(int64_t i) const { return Vec::Mul(Load(v_ + i), beta2_); }
+  LHOPT_INLINE void EndBlock() const {}
+  LHOPT_INLINE void Finish() const {}
+
+ protected:
+  T* const m_;
+  T* const v_;
+
+ private:
+  const F beta2_;
+};
+
+class FloatMoments : public NumberMoments<float> {
+ public:
+  static constexpr bool kIsExact = true;  // what is read again is what was written
+
+  FloatMoments(const Slice& slice, float beta2, Scratch&) : NumberMoments(slice, beta2) {}
+
   LHOPT_INLINE void Write(int64_t i, F m, F v) const {
     Store(m_ + i, m);
     Store(v_ + i, v);
   }
-  LHOPT_INLINE void EndBlock() const {}
-  LHOPT_INLINE void Finish() const {}
-
- private:
-  float* const m_;
-  float* const v_;
-  const F beta2_;
 };
 
-class BFloat16Moments {
+class BFloat16Moments : public NumberMoments<BFloat16> {
  public:
   static constexpr bool kIsExact = false;
-  using Scratch = NoScratch;
 
   BFloat16Moments(const Slice& slice, float beta2, Scratch&)
-      : m_(static_cast<BFloat16*>(slice.exp_avg)),
-        v_(static_cast<BFloat16*>(slice.exp_avg_sq)),
-        words_(slice.dither->words),
-        place_(slice.place),
-        beta2_(Vec::Set(beta2)) {}
+      : NumberMoments(slice, beta2), words_(slice.dither->words), place_(slice.place) {}
 
-  LHOPT_INLINE void Prefetch(int64_t i) const {
-    lhopt::Prefetch(m_ + i);
-    lhopt::Prefetch(v_ + i);
-  }
-  LHOPT_INLINE void BeginBlock(int64_t) const {}
-  LHOPT_INLINE F ReadFirst(int64_t i) const { return Load(m_ + i); }
-  LHOPT_INLINE F ReadSecond(int64_t i) const { return Vec::Mul(Load(v_ + i), beta2_); }
   LHOPT_INLINE void Write(int64_t i, F m, F v) const {
     const F largest = Vec::Set(0x1.fep127f), smallest = Vec::Set(-0x1.fep127f);
     const I words = Vec::LoadInts(words_ + (place_ + i) % kScaleBlock);
     StoreDithered(m_ + i, Vec::Max(Vec::Min(m, largest), smallest), words);
     StoreDithered(v_ + i, Vec::Min(v, largest), words);
   }
-  LHOPT_INLINE void EndBlock() const {}
-  LHOPT_INLINE void Finish() const {}
 
  private:
   LHOPT_INLINE static void StoreDithered(BFloat16* out, F x, I words) {
     Vec::StoreInts(&out->bits, Vec::ShiftRight<16>(Vec::Add(Vec::BitsOf(x), words)));
   }
 
-  BFloat16* const m_;
-  BFloat16* const v_;
   const uint32_t* const words_;
   const int64_t place_;
-  const F beta2_;
 };
 
 // Of a block's largest magnitude: the bits of the bfloat16 above it.
