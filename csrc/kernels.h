@@ -146,9 +146,9 @@ using WriteMomentsKernel = void (*)(const float* exp_avg, const float* exp_avg_s
 
 // An update for each combination would be hundreds of kernels, most of which nobody runs. Weights
 // and gradients have theirs in the pairs that training makes: float32 with its own gradients or
-// with bfloat16 ones (of a parameter whose master it is), and bfloat16, split or not, with
-// bfloat16. The others are null: those numbers become float32 before the step and are written again
-// after it.
+// with bfloat16 ones (of a parameter whose master it is), bfloat16, split or not, with bfloat16,
+// and float16 with float16 and float32 moments. The others are null: those numbers become float32
+// before the step and are written again after it.
 struct Kernels {
   const char* name;
   int64_t width;  // elements per vector

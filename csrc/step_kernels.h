@@ -409,13 +409,11 @@ void WriteMoments(const float* exp_avg, const float* exp_avg_sq, const Slice& sl
       Vec::kWidth,                                                                              \
       {{LHOPT_UPDATE(WholeWeights<float>, float), LHOPT_UPDATE(WholeWeights<float>, BFloat16)}, \
        {{}, LHOPT_UPDATE(WholeWeights<BFloat16>, BFloat16)},                                    \
-       {},                                                                                      \
+       {{}, {}, {LHOPT_UPDATE_MOMENTS(WholeWeights<Float16>, Float16, FloatMoments)}},          \
        {{}, LHOPT_UPDATE(SplitWeights<int8_t>, BFloat16)},                                      \
        {{}, LHOPT_UPDATE(SplitWeights<int16_t>, BFloat16)}},                                    \
-      {LHOPT_APPLY(WholeWeights<float>),                                                        \
-       LHOPT_APPLY(WholeWeights<BFloat16>),                                                     \
-       {},                                                                                      \
-       LHOPT_APPLY(SplitWeights<int8_t>),                                                       \
+      {LHOPT_APPLY(WholeWeights<float>), LHOPT_APPLY(WholeWeights<BFloat16>),                   \
+       LHOPT_APPLY(WholeWeights<Float16>), LHOPT_APPLY(SplitWeights<int8_t>),                   \
        LHOPT_APPLY(SplitWeights<int16_t>)},                                                     \
       {SumOfSquares<float>, SumOfSquares<BFloat16>, SumOfSquares<Float16>},                     \
       {PackSigns<float>, PackSigns<BFloat16>, PackSigns<Float16>},                              \
