@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -95,7 +95,8 @@ class Workload:
         shapes: tensor shapes by device type; a device that is missing is not run by default.
         quick_shapes: a small set of the same character.
         gate_shapes: what variants are verified on: small and ragged, of the same character.
-        steps_per_sample: steps that are timed together; the fewer elements, the more.
+        steps_per_sample: steps that are timed together, by device type, else one; the fewer
+            elements, the more.
         lead_steps: untimed steps before each sample, where the tensors fit in a cache.
     """
 
@@ -104,7 +105,7 @@ class Workload:
     shapes: dict[str, Sequence[Shape]]
     quick_shapes: Sequence[Shape]
     gate_shapes: Sequence[Shape]
-    steps_per_sample: int = 1
+    steps_per_sample: Mapping[str, int] = field(default_factory=dict)
     lead_steps: int = 0
 
     def on(self, device: str, *, quick: bool) -> Sequence[Shape]:

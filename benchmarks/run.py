@@ -135,9 +135,10 @@ def _time(
     params = {dtype: _make_params(shapes, plan.device, dtype) for dtype in dtypes}
     settings = Settings(TIMED_LR, NEVER_CLIPS, plan.backend, plan.captured)
     probe_elements = 2**20 if plan.quick else PROBE_ELEMENTS[plan.device.type]
+    steps = workload.steps_per_sample.get(plan.device.type, 1)
     contestants = [
         *machine.probes(plan.device, probe_elements),
-        *(_contestant(v, params[v.dtype], settings, workload.steps_per_sample) for v in variants),
+        *(_contestant(v, params[v.dtype], settings, steps) for v in variants),
     ]
     series = interleave(
         contestants,
