@@ -61,6 +61,17 @@ ApplyKernel ApplyKernelOf(const Kernels& kernels, const Variant& v) {
   return kernels.apply[static_cast<int>(v.weights)][static_cast<int>(v.denominator)];
 }
 
+int64_t Update(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
+               const Coefficients& coefficients, Sums& sums, bool looks) {
+  int64_t stepped = 0;
+  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
+    if (stepped < begin) return;  // one of the vectors before was not finite
+    const Slice part = SubSlice(slice, variant, begin, size);
+    stepped += UpdateKernelOf(of, variant, pass)(part, coefficients, sums, looks);
+  });
+  return stepped;
+}
+
 int64_t FiniteIndices(const float* grad, int64_t size, int32_t* indices) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -280,21 +291,12 @@ bool HasKernels(const Kernels& kernels, const Variant& variant) {
 
 void UpdateSlice(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                  const Coefficients& coefficients, Sums& sums) {
-  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
-    const Slice part = SubSlice(slice, variant, begin, size);
-    UpdateKernelOf(of, variant, pass)(part, coefficients, sums, false);
-  });
+  Update(kernels, variant, pass, slice, coefficients, sums, false);
 }
 
 int64_t UpdateLooking(const Kernels& kernels, const Variant& variant, Pass pass, const Slice& slice,
                       const Coefficients& coefficients, Sums& sums) {
-  int64_t stepped = 0;
-  ForVectorsAndTail(kernels, slice.size, [&](const Kernels& of, int64_t begin, int64_t size) {
-    if (stepped < begin) return;  // one of the vectors before was not finite
-    const Slice part = SubSlice(slice, variant, begin, size);
-    stepped += UpdateKernelOf(of, variant, pass)(part, coefficients, sums, true);
-  });
-  return stepped;
+  return Update(kernels, variant, pass, slice, coefficients, sums, true);
 }
 
 void ApplySlice(const Kernels& kernels, const Variant& variant, const Slice& slice,

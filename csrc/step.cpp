@@ -415,6 +415,11 @@ bool Step::StepsAtRandom(int32_t tensor) const {
   return rounding_seed_ && weights != WeightsType::kFloat32 && !IsSplit(weights);
 }
 
+// Whether a kernel takes the numbers as they are kept.
+bool Step::StepsAsKept(int32_t tensor) const {
+  return HasKernels(kernels_, tensors_[tensor].variant) && !StepsAtRandom(tensor);
+}
+
 // Runs `operation` on the numbers that are stepped; `stores` says whether what it makes of them is
 // kept.
 template <class Operation>
@@ -426,7 +431,7 @@ void Step::StepPiece(const Chunk& piece, bool finite_only, bool stores, Sums& su
   const bool is_random = StepsAtRandom(piece.tensor);
   const Randomness random{rounding_seed_.value_or(0), static_cast<uint32_t>(piece.tensor),
                           StepOf(piece.tensor)};
-  const bool widens = is_random || finite_only || !HasKernels(kernels_, variant);
+  const bool widens = finite_only || !StepsAsKept(piece.tensor);
   const Decoding decoding{widens && variant.weights != WeightsType::kFloat32,
                           widens && variant.grad != DType::kFloat32,
                           finite_only && variant.moments != MomentType::kFloat32,
@@ -451,7 +456,7 @@ int64_t Step::LookAndUpdate(int32_t index, Pass pass) {
   GradientSum& gradient = gradient_sums_[index];
   Sums& sums = sums_[index];
   int64_t stepped = 0;
-  if (HasKernels(kernels_, tensor.variant) && !StepsAtRandom(chunk.tensor)) {
+  if (StepsAsKept(chunk.tensor)) {
     const auto update = [&](const Variant& variant, const Slice& all) {
       stepped = UpdateLooking(kernels_, variant, pass, all, tensor.coefficients, sums);
     };

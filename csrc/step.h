@@ -158,6 +158,7 @@ class Step {
   void PrepareTensor(int32_t tensor);
   void SetStepSize(int32_t tensor, double trust);
   bool StepsAtRandom(int32_t tensor) const;
+  bool StepsAsKept(int32_t tensor) const;
   template <class Operation>
   void StepPiece(const Chunk& piece, bool finite_only, bool stores, Sums& sums,
                  const Operation& operation);

@@ -30,10 +30,10 @@ struct Broadcast {
 // The product of an x with one below 2 overflows only where x^2 does too.
 class LogSum {
  public:
-  LogSum() : product_(Vec::Set(1.0f)), exponent_(Vec::Zero()) {}
+  LogSum() : product_(Vec::Set(1.0f)), exponent_(Vec::SetInts(0)) {}
 
   LHOPT_INLINE void Add(F x) {
-    product_ = Vec::TakeExponent(Vec::Mul(product_, x), exponent_);
+    product_ = TakeExponent(Vec::Mul(product_, x), exponent_);
     ++count_;
   }
 
@@ -90,9 +90,8 @@ __attribute__((noinline)) void AddStatistics(LaneSums lanes, Sums& sums) {
   sums.momentum_sq += Vec::Total(lanes.momentum_sq);
   // Exponent bits know no NaN or inf; the squares of the same numbers do.
   sums.sum_log_abs_update += isfinite(update_sq) ? lanes.log_abs_update.Total() : update_sq;
-  sums.count_gt_epsilon += static_cast<double>(Vec::Counted(lanes.count_gt_epsilon));
-  sums.count_same_sign_momentum +=
-      static_cast<double>(Vec::Counted(lanes.count_same_sign_momentum));
+  sums.count_gt_epsilon += static_cast<double>(Vec::Total(lanes.count_gt_epsilon));
+  sums.count_same_sign_momentum += static_cast<double>(Vec::Total(lanes.count_same_sign_momentum));
 }
 
 // r: what the denominator is a multiple of.
@@ -256,13 +255,12 @@ int64_t Update(const Slice& slice, const Coefficients& coefficients, Sums& sums,
   const G* const grad = static_cast<const G*>(slice.grad);
   typename M::Scratch scratch;
   M moments(slice, coefficients.beta2, scratch);
-  int64_t done = 0;
-  for (bool goes_on = true; goes_on && done < slice.size;) {
-    const int64_t end = Smaller(done + kVectorsPerFlush * Vec::kWidth, slice.size);
+  int64_t done = 0, end = 0;
+  while (done == end && done < slice.size) {
+    end = Smaller(done + kVectorsPerFlush * Vec::kWidth, slice.size);
     LaneSums lanes;
     done = UpdateStretch<G, kDenominator, kStatistics, kPass>(weights, grad, moments, done, end, c,
                                                               looks, lanes);
-    goes_on = done == end;
     AddNorms(lanes, sums);
     if constexpr (kStatistics) AddStatistics(lanes, sums);
   }

@@ -94,18 +94,10 @@ struct Vec {
   static M Less(F a, F b) { return _cvtmask16_u32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)); }
   static M Same(M a, M b) { return a ^ b ^ 0xffffu; }
   static uint32_t Packed(M a) { return a; }
-  static I Zero() { return _mm512_setzero_si512(); }
   // In registers of their own: those of vectors are busier.
   using Counter = int64_t;
   static Counter Count(Counter count, M a) { return count + __builtin_popcount(a); }
-  static int64_t Counted(Counter a) { return a; }
-
-  // Splits x > 0 into 2^(e - 127) times a factor in [1, 2): returns the factor, adds e to
-  // `exponent`.
-  static F TakeExponent(F x, I& exponent) {
-    exponent = _mm512_add_epi32(exponent, _mm512_srli_epi32(_mm512_castps_si512(x), 23));
-    return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
-  }
+  static int64_t Total(Counter a) { return a; }
 
   static double Total(F a) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
@@ -213,19 +205,9 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
   }
   static uint32_t Packed(M a) { return static_cast<uint32_t>(_mm256_movemask_ps(a)); }
-  static I Zero() { return _mm256_setzero_si256(); }
   using Counter = I;
-  static int64_t Counted(Counter a) { return Total(a); }
   static Counter Count(Counter count, M a) {
     return _mm256_sub_epi32(count, _mm256_castps_si256(a));
-  }
-
-  static F TakeExponent(F x, I& exponent) {
-    const I bits = _mm256_castps_si256(x);
-    const I half = _mm256_set1_epi32(0x3f000000);
-    exponent = _mm256_add_epi32(exponent, _mm256_srli_epi32(bits, 23));
-    return _mm256_castsi256_ps(
-        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), half));
   }
 
   static double Total(F a) {
@@ -333,17 +315,8 @@ struct Vec {
     static constexpr uint32_t kBit[4] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(a, vld1q_u32(kBit)));
   }
-  static I Zero() { return vdupq_n_s32(0); }
   using Counter = I;
-  static int64_t Counted(Counter a) { return Total(a); }
   static Counter Count(Counter count, M a) { return vsubq_s32(count, vreinterpretq_s32_u32(a)); }
-
-  static F TakeExponent(F x, I& exponent) {
-    const I bits = vreinterpretq_s32_f32(x);
-    const I half = vdupq_n_s32(0x3f000000);
-    exponent = vaddq_s32(exponent, vshrq_n_s32(bits, 23));
-    return vreinterpretq_f32_s32(vorrq_s32(vandq_s32(bits, vdupq_n_s32(0x007fffff)), half));
-  }
 
   static double Total(F a) {
     return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(a)), vcvt_high_f64_f32(a)));
@@ -428,16 +401,8 @@ struct Vec {
   static M Less(F a, F b) { return a < b; }
   static M Same(M a, M b) { return a == b; }
   static uint32_t Packed(M a) { return a; }
-  static I Zero() { return 0; }
   using Counter = I;
-  static int64_t Counted(Counter a) { return a; }
   static Counter Count(Counter count, M a) { return count + a; }
-
-  static F TakeExponent(F x, I& exponent) {
-    const uint32_t bits = lhopt::BitsOf(x);
-    exponent += static_cast<I>(bits >> 23);
-    return FloatFromBits((bits & 0x007fffffu) | 0x3f000000u);
-  }
 
   static double Total(F a) { return a; }
   static int64_t Total(I a) { return a; }
@@ -447,6 +412,19 @@ struct Vec {
 };
 
 #endif
+
+// Splits x > 0 into 2^(e - 126) times a factor in [1/2, 1): returns the factor, adds e to
+// `exponent`.
+inline Vec::F TakeExponent(Vec::F x, Vec::I& exponent) {
+  const Vec::I bits = Vec::BitsOf(x);
+  exponent = Vec::Add(exponent, Vec::ShiftRight<23>(bits));
+#if defined(LHOPT_VEC_AVX512)
+  return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
+#else
+  return Vec::FromBits(
+      Vec::Add(Vec::And(bits, Vec::SetInts(0x007fffff)), Vec::SetInts(0x3f000000)));
+#endif
+}
 
 }  // namespace
 }  // namespace lhopt

@@ -651,7 +651,7 @@ class MeasuredOptimizer(Optimizer):
         The corrections of ``"split16"`` are the bits of their int16 as bfloat16: no collective of
         gloo or NCCL, which put whole states together, takes int16.
         """
-        self._settle()
+        measured = self._measured()
         saved = super().state_dict()
         saved["state"] = {
             place: {
@@ -659,16 +659,20 @@ class MeasuredOptimizer(Optimizer):
             }
             for place, kept in saved["state"].items()
         }
+        return self._carry(saved, _STATE_KEY, measured)
+
+    def _measured(self) -> dict[str, Any]:
+        """What the optimizer goes on from beside its groups and state."""
+        self._settle()
         run = self._run
         sums = run.features.folded_sums() if run is not None else self._feature_sums
-        measured = {
+        return {
             "version": _VERSION,
             "inner_step": self._inner_step,
             "skipped_steps": self.skipped_steps,
             "feature_sums": sums.clone() if sums is not None else None,
             **self._storage(),
         }
-        return self._carry(saved, _STATE_KEY, measured)
 
     @staticmethod
     def _carry(
@@ -725,10 +729,9 @@ class MeasuredOptimizer(Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, torch.Tensor):
                     value = value.detach().to(param.device, copy=True)
-                    is_viewed = name == "master_correction"
-                    self.state[param][name] = (
-                        _viewed(value, torch.bfloat16, torch.int16) if is_viewed else value
-                    )
+                    if name == "master_correction":
+                        value = _viewed(value, torch.bfloat16, torch.int16)
+                    self.state[param][name] = value
         measured = self._carried(state_dict, _STATE_KEY) or {}
         self._settings |= {name: measured[name] for name in _STORAGE if name in measured}
         self._run = self._pending = None
@@ -775,7 +778,7 @@ class MeasuredOptimizer(Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        measured = self.state_dict()[_STATE_KEY]
+        measured = self._measured()
         return {
             **super().__getstate__(),
             "_settings": self._settings,
