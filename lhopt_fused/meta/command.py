@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     from lhopt_fused.meta.train import MetaTraining, Update
     from lhopt_fused.meta.workers import Workers
 
-__all__ = ["bad_input", "meta_train"]
+__all__ = ["Overrides", "bad_input", "meta_train"]
 
 _console = Console(highlight=False)
 _errors = Console(highlight=False, stderr=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as tasks.longest=512."),
+]
 
 _EXTRA: Final = ("dacite", "gymnasium", "sklearn", "tensorboard", "tomli")
 
 
 def meta_train(
     config: Annotated[
-        str, typer.Argument(help="tiny, cpu, gpu, cluster, or a TOML file like those.")
+        str, typer.Argument(help="tiny, cpu, gpu, cluster, ablation, or a TOML file like those.")
     ],
     out: Annotated[
         Path | None,
@@ -56,10 +61,7 @@ def meta_train(
             file_okay=False,
         ),
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as tasks.longest=512."),
-    ] = None,
+    override: Overrides = None,
 ) -> None:
     """Learn a policy. Stop it at any time: the same command goes on where it was."""
     changes = list(override or [])

@@ -216,6 +216,9 @@ class MetaConfig:
 
     Attributes:
         name: of the policy.
+        initial: a policy, built in or a file, to go on from with its weights and its hand control,
+            instead of searching one and imitating schedules. It may lack the register head: then
+            that one is learned by imitation first. Empty for none.
         seed: of everything.
         updates: of PPO, at most.
         minutes: of training, at most, over all runs that it is spread over.
@@ -232,6 +235,7 @@ class MetaConfig:
     """
 
     name: str
+    initial: str = ""
     seed: int = 0
     updates: int = 10_000
     minutes: float = 180.0

@@ -23,9 +23,9 @@ from lhopt_fused.meta.control import (
     CONTROL_SCHEDULES,
     HandControl,
     control_grid,
-    demonstrate,
 )
 from lhopt_fused.meta.critic import Critic
+from lhopt_fused.meta.demonstrations import Teacher, demonstrate
 from lhopt_fused.meta.episode import PRIVILEGED_INPUTS, EpisodeBatch, Rival, sample_tasks
 from lhopt_fused.meta.reward import PowerCurve, fit_power_curve, speedup_reward, wins
 from lhopt_fused.meta.rollout import collect, play
@@ -166,16 +166,14 @@ class FirstLook(Job):
 
 @dataclass(frozen=True)
 class Demonstrate(Job):
-    """Episodes under a teacher for each task, to imitate; weights as of ``teacher_weights``."""
+    """Episodes under a teacher, to imitate."""
 
     start: Mapping[str, float]
-    weights: NDArray[np.float64]
+    teacher: Teacher
 
     def __call__(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         batch = self.batch(self.start, noise=True)
-        weights = torch.tensor(self.weights, device=self.config.device)
-        of_runs = weights[self.setting.task_of_run.to(weights.device)]
-        features, targets = demonstrate(batch, of_runs, self.config.cloning.wander)
+        features, targets = demonstrate(batch, self.teacher, self.config.cloning.wander)
         return features.cpu().numpy(), targets.cpu().numpy()
 
 

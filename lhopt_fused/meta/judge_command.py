@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lhopt_fused.meta.command import bad_input
+from lhopt_fused.meta.command import Overrides, bad_input
 
 if TYPE_CHECKING:
     from lhopt_fused.meta.ablate import Ablation
@@ -89,16 +89,18 @@ def meta_validate(
 
 
 def meta_ablate(
-    config: Annotated[str, typer.Argument(help="As for meta-train.")] = "cpu",
+    config: Annotated[
+        str, typer.Argument(help="As for meta-train; its updates are those of each.")
+    ] = "ablation",
     only: Annotated[
         list[str] | None, typer.Option(help="Names of ablations; all of them if not given.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Training of each.")] = 30.0,
     settings: _Settings = 40,
     tasks: _Tasks = 6,
     workers: _Workers = 2,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("lhopt-runs/ablations"),
     data_dir: _DataDir = None,
+    override: Overrides = None,
 ) -> None:
     """Train policies without one thing at a time, and say what each is worth.
 
@@ -108,10 +110,11 @@ def meta_ablate(
 
         from lhopt_fused.meta.ablate import ABLATIONS, ablate
         from lhopt_fused.meta.config import load_config
+        from lhopt_fused.meta.evaluate import write_results
         from lhopt_fused.meta.figure import draw_ablations
 
         torch.set_num_threads(1)
-        chosen = load_config(config, [f"minutes={minutes}"])
+        chosen = load_config(config, override or [])
         with _pool(workers) as pool:
             done = ablate(
                 chosen,
@@ -125,6 +128,9 @@ def meta_ablate(
         _console.print(_ablation_table(done))
         picture = out / "ablations.png"
         draw_ablations(picture, {ablation.name: ablation.reward() for ablation in done})
+        for ablation in done:
+            about = {"ablation": ablation.name, "episodes": ablation.episodes}
+            write_results(ablation.results, ablation.folder / "results.json", about)
     _console.print(f"Picture: {picture}")
 
 
@@ -161,18 +167,22 @@ def _share_table(title: str, results: Sequence[Result]) -> Table:
 
 def _ablation_table(done: Sequence[Ablation]) -> Table:
     """Mean rewards and shares won, with bootstrap 95 % intervals."""
+    from lhopt_fused.meta.ablate import WHOLE
     from lhopt_fused.meta.evaluate import OPPONENTS, shares
 
+    whole = next((ablation for ablation in done if ablation.name == WHOLE), None)
     table = Table(title="What each part of the training is worth")
-    for heading in ("ablation", "episodes", "log speed-up", *OPPONENTS):
+    for heading in ("ablation", "episodes", "log speed-up", "change", *OPPONENTS):
         table.add_column(heading, justify="left" if heading == "ablation" else "right")
     for ablation in done:
-        mean, low, high = ablation.reward()
         won = shares(ablation.results)
         table.add_row(
             ablation.name,
             f"{ablation.episodes:,}",
-            f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            str(ablation.reward()),
+            "" if whole is None or whole is ablation else str(ablation.change(whole)),
             *(str(won[opponent]) for opponent in OPPONENTS),
         )
+    if whole is not None:
+        table.caption = f"change: beyond the log speed-up of {WHOLE!r}, task by task"
     return table

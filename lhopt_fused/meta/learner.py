@@ -11,12 +11,11 @@ from typing import Any, Final
 
 import torch
 
-from lhopt_fused.actions import ActionSpace
 from lhopt_fused.meta.critic import Critic, unroll_critic, unroll_policy
 from lhopt_fused.meta.ppo import Episodes, Losses, PPOConfig, masked_mean, ppo_losses
 from lhopt_fused.policy.network import PolicyNetwork
 
-__all__ = ["EpisodeBuffer", "Learner", "clone_behaviour", "within_reach"]
+__all__ = ["EpisodeBuffer", "Learner", "clone_behaviour"]
 
 _STATE_VERSION: Final = 1
 
@@ -304,9 +303,8 @@ class Learner:
 def clone_behaviour(
     network: PolicyNetwork,
     features: torch.Tensor,
-    target_shifts: torch.Tensor,
+    targets: torch.Tensor,
     mask: torch.Tensor,
-    space: ActionSpace,
     *,
     steps: int = 1000,
     minibatch_episodes: int = 128,
@@ -315,20 +313,17 @@ def clone_behaviour(
     gradient_norm: float = 5.0,
     seed: int = 0,
 ) -> list[float]:
-    """Train a network until its mean decisions are the given ones.
+    """Train a network until it decides as it is shown.
 
-    Minimises the cross-entropy of each head with the two choices on either side of the target
-    shift, weighted so that their mean is the target: what the network then decides on average is
-    the mean of the targets that it cannot tell apart. A register head is not trained. First of all
-    the network's input statistics take in all the features.
+    Minimises the cross-entropy of each head with its target: what the network then decides on
+    average is the mean of the targets that it cannot tell apart. First of all the network's input
+    statistics take in all the features.
 
     Args:
         network: trained in place, with Adam; left in evaluation mode.
         features: float32 ``[N, T, F]`` of whole episodes.
-        target_shifts: ``[N, T, 8]``, log multipliers or logit shifts; ones out of a head's reach
-            count as the nearest within.
+        targets: float32 ``[N, T, sum(heads)]``, probabilities of the choices of all heads.
         mask: bool ``[N, T]``, true from the first step of an episode to its last.
-        space: the actions.
         steps: gradient steps, each on ``minibatch_episodes`` episodes drawn anew.
         learning_rate, gradient_norm: of a gradient step.
         exploration: share of the probability that is spread over all choices of a head, for PPO to
@@ -341,16 +336,11 @@ def clone_behaviour(
     Raises:
         ValueError: there are no episodes, shapes do not fit, or a number is not finite.
     """
-    _check_demonstrations(network, features, target_shifts, mask, space)
+    _check_demonstrations(network, features, targets, mask)
     device = network.pre.weight.device
-    shifts = within_reach(target_shifts.double().cpu(), space)
-    targets = torch.cat(
-        [
-            _around(shift, shift.new_tensor(action.shifts), exploration)
-            for shift, action in zip(shifts.unbind(-1), space.actions, strict=True)
-        ],
-        dim=-1,
-    ).float()
+    heads = network.shape.heads
+    anything = torch.cat([torch.full((size,), 1.0 / size) for size in heads]).to(targets)
+    targets = torch.lerp(targets, anything, exploration)
     network.eval().normalisation.take_in(features[mask].to(device))
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -358,7 +348,7 @@ def clone_behaviour(
     for _ in range(steps):
         chosen = torch.randperm(len(mask), generator=generator)[:minibatch_episodes]
         seen, wanted, valid = (x[chosen.to(x.device)].to(device) for x in (features, targets, mask))
-        loss = _cross_entropy(network, seen, wanted, valid, space)
+        loss = _cross_entropy(network, seen, wanted, valid)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_norm, error_if_nonfinite=True)
@@ -367,57 +357,20 @@ def clone_behaviour(
     return [loss.item() for loss in curve]
 
 
-def within_reach(shifts: torch.Tensor, space: ActionSpace) -> torch.Tensor:
-    """Shifts ``[..., 8]``, each moved to the nearest between its head's smallest and largest."""
-    limits = [(min(action.shifts), max(action.shifts)) for action in space.actions]
-    low, high = shifts.new_tensor(limits).T
-    return shifts.clamp(low, high)
-
-
-def _around(target: torch.Tensor, shifts: torch.Tensor, exploration: float) -> torch.Tensor:
-    """Probabilities ``[..., C]`` of a head's shifts ``[C]``, ascending, whose mean is the target.
-
-    The two beside it share what ``exploration`` leaves."""
-    nearest = torch.full((*target.shape, len(shifts)), exploration / len(shifts)).to(target)
-    last = len(shifts) - 1
-    above = torch.searchsorted(shifts, target.contiguous()).clamp(min(1, last), last)
-    below = (above - 1).clamp_min(0)
-    gap = shifts[above] - shifts[below]
-    share = torch.where(gap > 0, (target - shifts[below]) / gap, 0.0)[..., None]
-    left = 1.0 - exploration
-    nearest.scatter_add_(-1, below[..., None], left * (1.0 - share))
-    return nearest.scatter_add_(-1, above[..., None], left * share)
-
-
 def _cross_entropy(
-    network: PolicyNetwork,
-    features: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor,
-    space: ActionSpace,
+    network: PolicyNetwork, features: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over steps of that of all heads but the registers'; targets are probabilities."""
-    sizes = [len(action.choices) for action in space.actions]
-    logits = unroll_policy(network, features, mask)[..., : sum(sizes)]
-    log_probabilities = torch.cat(
-        [head.log_softmax(-1) for head in torch.split(logits, sizes, dim=-1)], dim=-1
-    )
+    """Sum over all heads, mean over steps."""
+    logits = torch.split(unroll_policy(network, features, mask), network.shape.heads, dim=-1)
+    log_probabilities = torch.cat([head.log_softmax(-1) for head in logits], dim=-1)
     return masked_mean(-(targets * log_probabilities).sum(-1), mask)
 
 
 def _check_demonstrations(
-    network: PolicyNetwork,
-    features: torch.Tensor,
-    target_shifts: torch.Tensor,
-    mask: torch.Tensor,
-    space: ActionSpace,
+    network: PolicyNetwork, features: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
 ) -> None:
-    if space.head_sizes != network.shape.heads:
-        raise ValueError(
-            f"the network has heads of {network.shape.heads}, expected {space.head_sizes}"
-        )
-    widths = {"features": network.shape.features, "target_shifts": len(space.actions)}
-    for (name, width), x in zip(widths.items(), (features, target_shifts), strict=True):
+    widths = {"features": network.shape.features, "targets": sum(network.shape.heads)}
+    for (name, width), x in zip(widths.items(), (features, targets), strict=True):
         if x.shape != (*mask.shape, width):
             raise ValueError(
                 f"{name} has shape {list(x.shape)}, expected {[*mask.shape, width]}, as mask has"

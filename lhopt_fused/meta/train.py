@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lhopt_fused.actions import ACTIONS
 from lhopt_fused.meta.config import START_HYPERPARAMETERS, MetaConfig, config_from_plain
 from lhopt_fused.meta.control import HandControl, control_grid
+from lhopt_fused.meta.demonstrations import PolicyTeacher, ScheduleTeacher, Teacher
+from lhopt_fused.meta.evaluate import trained_config
 from lhopt_fused.meta.jobs import (
     Collect,
     Demonstrate,
@@ -34,7 +37,7 @@ from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.teacher import expected_worth, teacher_weights
 from lhopt_fused.meta.validation import Report, Validation
 from lhopt_fused.meta.workers import Pending, Workers
-from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, save_policy
+from lhopt_fused.policy import FEATURES_HASH, LearnedPolicy, load_policy, save_policy
 
 __all__ = ["MetaTraining", "Update"]
 
@@ -105,6 +108,7 @@ class MetaTraining:
         workers: who runs episodes.
         data_dir: for families that read files.
         commit: of the code, for the policy file.
+        kept_in: where results that other trainings can share are kept; ``folder`` if not given.
 
     Raises:
         ValueError: the folder holds the run of another configuration, or of other policy features.
@@ -118,8 +122,11 @@ class MetaTraining:
         *,
         data_dir: Path | None = None,
         commit: str = "",
+        kept_in: Path | None = None,
     ) -> None:
         self.config, self.folder, self.commit = config, folder, commit
+        self._initial = _initial_policy(config)
+        self._kept_in = folder if kept_in is None else kept_in
         self._workers, self._data_dir = workers, data_dir
         folder.mkdir(parents=True, exist_ok=True)
         with torch.random.fork_rng(devices=[]):
@@ -219,6 +226,14 @@ class MetaTraining:
     # ------------------------------------------------------------------ before PPO
 
     def _begin(self) -> None:
+        """Come to a hand control and to a network that PPO can go on from."""
+        if self._initial is None:
+            self._begin_anew()
+        else:
+            self._begin_from(self._initial)
+        self._acting = self._weights()
+
+    def _begin_anew(self) -> None:
         """Find the hand control, and start from imitating what is best on each task."""
         own = self.config.cloning
         settings = self.settings(_SEARCH, own.settings)
@@ -237,8 +252,20 @@ class MetaTraining:
                 rewards + self.config.win_weight * wins(losses, losses[of_control])
                 for losses, rewards in (map(torch.tensor, pair) for pair in found[: own.batches])
             ]
-            self._imitate(settings[: own.batches], worth)
-        self._acting = self._weights()
+            settings = settings[: own.batches]
+            weights = self._teacher_weights(settings, worth)
+            self._imitate(settings, [ScheduleTeacher(x.numpy()) for x in weights])
+
+    def _begin_from(self, policy: LearnedPolicy) -> None:
+        """Take over a policy, and imitate what it has no head for."""
+        _, self._progress.control = trained_config(policy)
+        network = self._learner.network
+        known = policy.network().state_dict()
+        network.load_state_dict({**network.state_dict(), **known})
+        self._learner.start_from_network()
+        batches = self.config.cloning.batches
+        if policy.shape.heads != network.shape.heads and batches:
+            self._imitate(self.settings(_SEARCH, batches), [PolicyTeacher(policy)] * batches)
 
     def _scores(self, settings: list[Setting]) -> list[tuple[NDArray[np.float64], ...]]:
         """Losses and rewards ``[C, T]`` of all possible hand controls on the tasks of settings."""
@@ -256,21 +283,19 @@ class MetaTraining:
         }
         fields = ("losses", "rewards")
         return kept(
-            self.folder, "controls", depends_on, fields, lambda: self._workers.start(jobs).results()
+            self._kept_in,
+            "controls",
+            depends_on,
+            fields,
+            lambda: self._workers.start(jobs).results(),
         )
 
-    def _imitate(self, settings: list[Setting], worth: list[torch.Tensor]) -> None:
-        """Imitate what can be expected to be best on each task of some settings.
-
-        Args:
-            settings: of the tasks.
-            worth: of each possible hand control on the tasks of each setting, ``[C, T]``.
-        """
+    def _imitate(self, settings: list[Setting], teachers: Sequence[Teacher]) -> None:
+        """Imitate a teacher on the tasks of each setting."""
         own = self.config.cloning
-        teachers = self._teachers(settings, worth)
         jobs = [
-            Demonstrate(self.config, setting, self._data_dir, self.start, weights.numpy())
-            for setting, weights in zip(settings, teachers, strict=True)
+            Demonstrate(self.config, setting, self._data_dir, self.start, teacher)
+            for setting, teacher in zip(settings, teachers, strict=True)
         ]
         features, targets, mask = _padded(self._workers.start(jobs).results())
         curve = clone_behaviour(
@@ -278,7 +303,6 @@ class MetaTraining:
             features,
             targets,
             mask,
-            self.config.policy.action_space,
             steps=own.steps,
             learning_rate=own.learning_rate,
             exploration=own.exploration,
@@ -287,8 +311,15 @@ class MetaTraining:
         (self.folder / "imitation.json").write_text(json.dumps(curve))
         self._learner.start_from_network()
 
-    def _teachers(self, settings: list[Setting], worth: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the teachers of each setting's tasks make of each schedule, ``[T, C]``."""
+    def _teacher_weights(
+        self, settings: list[Setting], worth: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What the teachers of each setting's tasks make of each schedule, ``[T, C]``.
+
+        Args:
+            settings: of the tasks.
+            worth: of each possible hand control on the tasks of each setting, ``[C, T]``.
+        """
         config = replace(self.config, tasks=replace(self.config.tasks, hidden_eval=0.0))
         jobs = [
             FirstLook(config, replace(setting, repeats=1), self._data_dir, self.start)
@@ -373,7 +404,7 @@ class MetaTraining:
             self.start,
             self.control,
             self._workers,
-            self.folder,
+            self._kept_in,
             self._data_dir,
         )
 
@@ -517,6 +548,32 @@ class MetaTraining:
                     f"{path} was written with {name} = {theirs[name]!r}, the configuration has "
                     f"{value!r}; begin anew in another folder"
                 )
+
+
+def _initial_policy(config: MetaConfig) -> LearnedPolicy | None:
+    """The policy that a training starts from, if any.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, is a rule, or has other sizes or choices.
+    """
+    if not config.initial:
+        return None
+    policy = load_policy(config.initial)
+    if not isinstance(policy, LearnedPolicy):
+        raise ValueError(f"initial is {config.initial!r}, a rule; expected a learned policy")
+    trained_config(policy)  # its own checks
+    wanted = config.policy.shape
+    without_registers = replace(wanted, heads=wanted.heads[: len(ACTIONS)])
+    same_choices = [action.choices for action in policy.action_space.actions] == [
+        action.choices for action in config.policy.action_space.actions
+    ]
+    if policy.shape not in (wanted, without_registers) or not same_choices:
+        raise ValueError(
+            f"initial is {config.initial!r}, whose network or choices differ from those of the "
+            f"configuration: it has {policy.shape}; give policy.hidden, head_hidden, moves, keep, "
+            "lr_choices and registers the values that it was trained with"
+        )
+    return policy
 
 
 def _padded(shown: list[tuple[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from lhopt_fused.meta.setting import TaskDistribution
 
 
 def test_the_shipped_ones_load():
-    assert {"tiny", "cpu", "gpu", "cluster"} <= shipped_configs().keys()
+    assert {"tiny", "cpu", "gpu", "cluster", "ablation"} <= shipped_configs().keys()
     for name, path in shipped_configs().items():
         assert load_config(name) == load_config(path)
 
@@ -24,7 +24,7 @@ def test_the_one_for_a_gpu_is_for_a_gpu():
     assert load_config("cpu").device == "cpu"
 
 
-@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "cluster"])
+@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu", "cluster", "ablation"])
 def test_plain_values_through_json_give_the_same(name):
     config = load_config(name)
     assert config_from_plain(json.loads(json.dumps(config.to_plain()))) == config
@@ -123,7 +123,7 @@ def test_an_override_that_is_none_is_named(override):
 
 
 def test_a_config_that_is_not_there_is_named():
-    with pytest.raises(FileNotFoundError, match=r"'huge': the shipped ones are cluster, cpu, gpu"):
+    with pytest.raises(FileNotFoundError, match="'huge': the shipped ones are ablation, cluster"):
         load_config("huge")
 
 

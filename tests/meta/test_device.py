@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from meta.runs import small
 
 from lhopt_fused.meta import inner
 from lhopt_fused.meta.config import START_HYPERPARAMETERS
-from lhopt_fused.meta.control import control_grid, demonstrate
+from lhopt_fused.meta.control import control_grid
+from lhopt_fused.meta.demonstrations import ScheduleTeacher, demonstrate
 from lhopt_fused.meta.episode import EpisodeBatch
 from lhopt_fused.meta.jobs import make_critic, make_network
 from lhopt_fused.meta.ppo import Episodes
@@ -65,8 +67,7 @@ def test_all_that_workers_do_stays_on_the_device(family):
         assert {tensor.device.type for tensor in episodes.to_tensors().values()} == {"meta"}
     outcome = play(fresh(family), network)
     assert {tensor.device.type for tensor in outcome} == {"meta"}
-    weights = torch.ones(4, len(control_grid()), dtype=torch.float64, device="meta")
-    shown = demonstrate(fresh(family), weights, 0.1)
+    shown = demonstrate(fresh(family), ScheduleTeacher(np.ones((2, len(control_grid())))), 0.1)
     assert {tensor.device.type for tensor in shown} == {"meta"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,13 +167,27 @@ def test_ablations_are_trained_and_judged_alike(tmp_path):
     done = ablate(config, names, tmp_path, Inline(), settings=2, tasks=2)
     assert [ablation.name for ablation in done] == names
     assert all(len(ablation.results) == 2 for ablation in done)
+    assert len(list((tmp_path / "kept").glob("controls-*"))) == 1  # searched once for all
     draw_ablations(tmp_path / "ablations.png", {a.name: a.reward() for a in done})
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="there is no ablation 'no luck'"):
         ablate(config, ["no luck"], tmp_path, Inline())
 
 
+def ablation(*rewards: float) -> Ablation:
+    return Ablation("x", [result([1.0], reward) for reward in rewards], 0, Path())
+
+
 def test_the_interval_of_a_reward_holds_its_mean():
-    mean, low, high = Ablation("x", [result([1.0], reward) for reward in (0, 1, 2)], 0).reward()
+    mean, low, high = ablation(0, 1, 2).reward()
     assert mean == 1.0
     assert 0 <= low < mean < high <= 2
+
+
+def test_changes_are_counted_task_by_task():
+    """Tasks differ more than policies do: a change is surer than the rewards are."""
+    whole = ablation(0, 1, 2)
+    change = ablation(-0.5, 0.5, 1.5).change(whole)
+    assert change == (-0.5, -0.5, -0.5)
+    assert str(change) == "-0.50 [-0.50, -0.50]"
+    assert whole.change(whole) == (0, 0, 0)

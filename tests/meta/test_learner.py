@@ -22,8 +22,9 @@ from meta.toys import (
 )
 from tolerances import CLONED_SHIFT, FIRST_RATIO, GRADIENT_NORM, assert_close
 
-from lhopt_fused.actions import ACTIONS, DEFAULT_ACTION_SPACE, ActionSpace
+from lhopt_fused.actions import ACTIONS, DEFAULT_ACTION_SPACE, REGISTER_CHOICES, ActionSpace
 from lhopt_fused.meta.critic import unroll_policy
+from lhopt_fused.meta.demonstrations import nearest_choices
 from lhopt_fused.meta.learner import EpisodeBuffer, Learner, clone_behaviour
 from lhopt_fused.meta.ppo import Episodes, PPOConfig
 from lhopt_fused.policy import NetworkShape, PolicyNetwork
@@ -340,11 +341,18 @@ def demonstrations() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return features, targets, mask
 
 
+def shown(
+    features: torch.Tensor, shifts: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Demonstrations of shifts as :func:`clone_behaviour` takes them."""
+    return features, nearest_choices(shifts.double(), DEFAULT_ACTION_SPACE).float(), mask
+
+
 def cloned(**options: Any) -> tuple[PolicyNetwork, list[float]]:
     torch.manual_seed(0)
     network = PolicyNetwork(NetworkShape(3, DEFAULT_ACTION_SPACE.head_sizes, 16, 16))
     options = {"steps": 200, "minibatch_episodes": 32, "learning_rate": 5e-3, **options}
-    return network, clone_behaviour(network, *demonstrations(), DEFAULT_ACTION_SPACE, **options)
+    return network, clone_behaviour(network, *shown(*demonstrations()), **options)
 
 
 def test_clones_decide_as_they_were_shown() -> None:
@@ -364,7 +372,7 @@ def test_clones_of_teachers_that_disagree_decide_their_mean() -> None:
     doubled.append(torch.cat([mask] * 2))
     network, _ = cloned(steps=1)
     options = {"steps": 300, "minibatch_episodes": 96, "learning_rate": 5e-3}
-    clone_behaviour(network, *doubled, DEFAULT_ACTION_SPACE, **options)
+    clone_behaviour(network, *shown(*doubled), **options)
     head = mean_shifts(network, features, mask)[mask][:, 0]
     assert_close(head, targets[mask][:, 0], CLONED_SHIFT, 1.0)
 
@@ -378,10 +386,7 @@ def test_clones_still_explore() -> None:
         network, _ = cloned(steps=1)
         clone_behaviour(
             network,
-            features,
-            targets,
-            mask,
-            DEFAULT_ACTION_SPACE,
+            *shown(features, targets, mask),
             steps=300,
             learning_rate=5e-3,
             exploration=exploration,
@@ -400,28 +405,33 @@ def test_cloning_repeats_to_the_bit() -> None:
     assert cloned(steps=5, seed=1)[1] != losses
 
 
-def test_cloning_leaves_a_register_head_alone() -> None:
+def test_a_register_head_is_cloned_too() -> None:
     space = ActionSpace(ACTIONS, registers=True)
     torch.manual_seed(0)
     network = PolicyNetwork(NetworkShape(3, space.head_sizes, 16, 16))
-    before = network.heads[-1].state_dict()
-    before = {name: x.clone() for name, x in before.items()}
-    clone_behaviour(network, *demonstrations(), space, steps=3)
-    assert equal(network.heads[-1].state_dict(), before)
+    features, targets, mask = shown(*demonstrations())
+    saves = (features[..., :1] > 0).float() @ torch.eye(len(REGISTER_CHOICES))[[4]]
+    keeps = (features[..., :1] <= 0).float() @ torch.eye(len(REGISTER_CHOICES))[[0]]
+    targets = torch.cat([targets, saves + keeps], dim=-1)
+    clone_behaviour(network, features, targets, mask, steps=200, learning_rate=5e-3)
+    head = unroll_policy(network, features, mask)[mask][:, -len(REGISTER_CHOICES) :]
+    right = (head.argmax(-1) == targets[mask][:, -len(REGISTER_CHOICES) :].argmax(-1)).float()
+    assert right.mean() > 0.95
 
 
 def test_bad_demonstrations_are_refused() -> None:
     torch.manual_seed(0)
     network = PolicyNetwork(NetworkShape(3, DEFAULT_ACTION_SPACE.head_sizes, 16, 16))
-    features, targets, mask = demonstrations()
+    features, targets, mask = shown(*demonstrations())
+    width = sum(DEFAULT_ACTION_SPACE.head_sizes)
     odd = PolicyNetwork(NetworkShape(3, HEADS, 16, 16))
-    for learns, shown, wanted, message in (
-        (odd, features, targets, r"the network has heads of \(3, 2\), expected"),
+    for learns, seen, wanted, message in (
+        (odd, features, targets, rf"targets has shape \[48, 6, {width}\], expected \[48, 6, 5\]"),
         (network, features[..., 1:], targets, r"features has shape \[48, 6, 2\], expected"),
-        (network, features, targets[:, 1:], r"target_shifts has shape \[48, 5, 8\]"),
-        (network, features, targets / 0, "target_shifts holds numbers that are not finite"),
+        (network, features, targets[:, 1:], rf"targets has shape \[48, 5, {width}\]"),
+        (network, features, targets / 0, "targets holds numbers that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            clone_behaviour(learns, shown, wanted, mask, DEFAULT_ACTION_SPACE)
+            clone_behaviour(learns, seen, wanted, mask)
     with pytest.raises(ValueError, match="there are no episodes to clone"):
-        clone_behaviour(network, features[:0], targets[:0], mask[:0], DEFAULT_ACTION_SPACE)
+        clone_behaviour(network, features[:0], targets[:0], mask[:0])

@@ -17,7 +17,7 @@ from lhopt_fused import LHOPT
 from lhopt_fused.meta.control import control_grid
 from lhopt_fused.meta.train import MetaTraining, Update
 from lhopt_fused.meta.workers import LocalWorkers
-from lhopt_fused.policy import load_policy
+from lhopt_fused.policy import LearnedPolicy, load_policy
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +192,52 @@ def test_a_checkpoint_that_was_cut_short_is_refused(finished, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read as a checkpoint"):
         MetaTraining(small(), tmp_path, Inline())
+
+
+# ---------------------------------------------------------------------- from another policy
+
+
+@pytest.fixture(scope="module")
+def small_policy(finished) -> str:
+    return str(finished / "tiny.safetensors")
+
+
+def test_a_training_goes_on_from_a_policy(finished, small_policy, tmp_path):
+    """Its weights and its hand control: nothing is searched and nothing imitated."""
+    workers = Inline()
+    initial = f"initial={json.dumps(small_policy)}"
+    training = MetaTraining(small(initial, "updates=1"), tmp_path, workers)
+    training.run()
+    before = load_policy(small_policy)
+    assert isinstance(before, LearnedPolicy)
+    assert training.control.to_plain() == before.trained_on["control"]
+    assert workers.counts.keys() == {"Collect", "FindReferences", "Play"}
+    change = training.policy().weights["pre.weight"] - before.weights["pre.weight"]
+    assert 0 < abs(change).max() < 0.01
+
+
+def test_a_training_learns_the_use_of_registers_from_a_policy_without(small_policy, tmp_path):
+    workers = Inline()
+    changes = (f"initial={json.dumps(small_policy)}", "policy.registers=true", "updates=1")
+    training = MetaTraining(small(*changes), tmp_path, workers)
+    training.run()
+    assert workers.counts["Demonstrate"] == 2
+    assert "ScoreControls" not in workers.counts
+    policy = training.policy()
+    assert policy.action_space.registers
+    parameter = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    LHOPT([parameter], total_steps=24, outer_steps=6, policy=policy, restart_registers=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("initial='cosine'",), "initial is 'cosine', a rule; expected a learned policy"),
+        (("initial='nobody'",), "there is no policy 'nobody'"),
+        (("initial='default'",), "initial is 'default', whose network or choices differ"),
+    ],
+)
+def test_an_initial_policy_that_does_not_fit_is_refused(changes, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        MetaTraining(small(*changes), tmp_path / "run", Inline())
+    assert not (tmp_path / "run").exists()
