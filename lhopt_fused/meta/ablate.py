@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -136,7 +136,7 @@ def ablate(
     settings: int = 40,
     tasks: int = 6,
     data_dir: Path | None = None,
-) -> list[Ablation]:
+) -> Iterator[Ablation]:
     """Train each ablation for as long as the configuration says, and judge it.
 
     Args:
@@ -155,7 +155,6 @@ def ablate(
     if unknown:
         raise ValueError(f"there is no ablation {unknown[0]!r}; there are {', '.join(ABLATIONS)}")
     chosen = new_settings(config, settings, tasks)
-    done = []
     kept_in = folder / "kept"
     for name in names:
         own = ABLATIONS[name](config)
@@ -168,5 +167,4 @@ def ablate(
         start, control = policy.start_hyperparameters, training.control
         validation = Validation(judged, chosen, start, control, workers, kept_in, data_dir)
         results = compared(validation, policy.weights)
-        done.append(Ablation(name, results, training.episodes, place))
-    return done
+        yield Ablation(name, results, training.episodes, place)

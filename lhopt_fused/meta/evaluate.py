@@ -22,6 +22,7 @@ from lhopt_fused.policy import LearnedPolicy
 
 __all__ = [
     "OPPONENTS",
+    "YARDSTICKS",
     "Result",
     "Share",
     "by_family",
@@ -46,6 +47,10 @@ OPPONENTS: Final = {
 }
 """What a policy is compared with, by the names in tables."""
 
+YARDSTICKS: Final = ("tuned", "control")
+"""Opponents that are compared with all of them too, as if they were policies: they say how much of
+each share is chance, and how much can be had."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -55,11 +60,18 @@ class Result:
         setting: family, lengths and seed.
         reward: log speed-up over the baseline of the reward, float64 ``[R]``.
         won: for each of :data:`OPPONENTS`, 1 where the policy ends lower, 0.5 where equal, ``[R]``.
+        yardsticks: the same of each of :data:`YARDSTICKS` in the policy's place.
     """
 
     setting: Setting
     reward: NDArray[np.float64]
     won: dict[str, NDArray[np.float64]]
+    yardsticks: dict[str, dict[str, NDArray[np.float64]]]
+
+    def of(self, yardstick: str) -> Result:
+        """As if one of :data:`YARDSTICKS` had been the policy; without a reward."""
+        unknown = np.full_like(self.reward, np.nan)
+        return replace(self, reward=unknown, won=self.yardsticks[yardstick])
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,8 @@ def compared(validation: Validation, network: Weights) -> list[Result]:
     )
     for setting, mine, other in played:
         reward = other.rewards(mine, setting.total_steps)
-        results.append(Result(setting, reward, other.won(mine)))
+        yardsticks = {name: other.won(getattr(other, name)) for name in YARDSTICKS}
+        results.append(Result(setting, reward, other.won(mine), yardsticks))
     return results
 
 

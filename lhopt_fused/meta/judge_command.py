@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from lhopt_fused.meta.command import Overrides, bad_input
@@ -115,16 +116,12 @@ def meta_ablate(
 
         torch.set_num_threads(1)
         chosen = load_config(config, override or [])
+        names = only or list(ABLATIONS)
         with _pool(workers) as pool:
-            done = ablate(
-                chosen,
-                only or list(ABLATIONS),
-                out,
-                pool,
-                settings=settings,
-                tasks=tasks,
-                data_dir=data_dir,
+            ablations = ablate(
+                chosen, names, out, pool, settings=settings, tasks=tasks, data_dir=data_dir
             )
+            done = list(track(ablations, "ablations", len(names), console=_console))
         _console.print(_ablation_table(done))
         picture = out / "ablations.png"
         draw_ablations(picture, {ablation.name: ablation.reward() for ablation in done})
@@ -152,16 +149,20 @@ def _pool(count: int) -> LocalWorkers:
 
 def _share_table(title: str, results: Sequence[Result]) -> Table:
     """Shares of the tasks won, by family and in all, with bootstrap 95 % intervals."""
-    from lhopt_fused.meta.evaluate import OPPONENTS, by_family, shares
+    from lhopt_fused.meta.evaluate import OPPONENTS, YARDSTICKS, by_family, shares
 
     table = Table(title=f"Share of {title} on which the policy ends below")
     for heading in ("family", "tasks", *OPPONENTS):
         table.add_column(heading, justify="left" if heading == "family" else "right")
-    for name, group in [*by_family(results).items(), ("all", list(results))]:
+    groups = {**by_family(results), "all": list(results)}
+    for name in YARDSTICKS:
+        groups[f"({name})"] = [result.of(name) for result in results]
+    for name, group in groups.items():
         won = shares(group)
         count = next(iter(won.values())).tasks
         table.add_row(name, str(count), *(str(won[opponent]) for opponent in OPPONENTS))
-    table.caption = "; ".join(f"{name}: {meaning}" for name, meaning in OPPONENTS.items())
+    meanings = [f"{name}: {meaning}" for name, meaning in OPPONENTS.items()]
+    table.caption = "; ".join([*meanings, "in brackets: all, with that one in the policy's place"])
     return table
 
 

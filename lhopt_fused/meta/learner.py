@@ -361,7 +361,7 @@ def _cross_entropy(
     network: PolicyNetwork, features: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """Sum over all heads, mean over steps."""
-    logits = torch.split(unroll_policy(network, features, mask), network.shape.heads, dim=-1)
+    logits = torch.split(unroll_policy(network, features, mask), list(network.shape.heads), dim=-1)
     log_probabilities = torch.cat([head.log_softmax(-1) for head in logits], dim=-1)
     return masked_mean(-(targets * log_probabilities).sum(-1), mask)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from meta.runs import Inline, small
+from meta.runs import CHANGES, Inline, small
 from typer.testing import CliRunner
 
 from lhopt_fused.cli import app
@@ -20,6 +20,7 @@ from lhopt_fused.meta.config import START_HYPERPARAMETERS
 from lhopt_fused.meta.control import HandControl
 from lhopt_fused.meta.evaluate import (
     OPPONENTS,
+    YARDSTICKS,
     Result,
     evaluate,
     heldout_settings,
@@ -53,7 +54,7 @@ def policy(**trained_on: object) -> LearnedPolicy:
 def result(won: list[float], reward: float = 0.0) -> Result:
     table = {name: np.array(won) for name in OPPONENTS}
     setting = Setting("clusters", 0, len(won), 1, 20, 4)
-    return Result(setting, np.full(len(won), reward), table)
+    return Result(setting, np.full(len(won), reward), table, dict.fromkeys(YARDSTICKS, table))
 
 
 def test_shares_are_over_tasks_and_their_intervals_over_settings():
@@ -93,6 +94,10 @@ def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
         for r in results
         for name in ("default", "tuned", "median")
     )
+    for name in YARDSTICKS:
+        placed = [r.of(name).won for r in results]
+        assert all((won[name] == 0.5).all() for won in placed)  # level with itself
+        assert all((p["hindsight"] <= p["tuned"]).all() for p in placed)
     assert workers.counts["FindReferences"] == 2
     evaluate(policy(), settings, workers, tmp_path, trust="delayed")
     assert workers.counts["FindReferences"] == 4  # its hand control is another one
@@ -146,7 +151,7 @@ def test_the_command_prints_a_table_and_writes_results(tmp_path, monkeypatch):
     options = ["--settings", "2", "--tasks", "2", "--heldout", "0", "--out", str(tmp_path / "out")]
     run = CliRunner().invoke(app, ["meta-validate", str(file), *options])
     assert run.exit_code == 0, run.output
-    assert "all" in run.output
+    assert all(row in run.output for row in ("all ", "(tuned)", "(control)"))
     assert (tmp_path / "out" / "small-new-tasks.json").is_file()
     refused = CliRunner().invoke(app, ["meta-validate", "cosine"])
     assert refused.exit_code == 2
@@ -164,14 +169,14 @@ def test_each_ablation_changes_one_thing(name: str):
 def test_ablations_are_trained_and_judged_alike(tmp_path):
     config = replace(CONFIG, updates=1)
     names = ["everything", "progress only", "no memory"]
-    done = ablate(config, names, tmp_path, Inline(), settings=2, tasks=2)
+    done = list(ablate(config, names, tmp_path, Inline(), settings=2, tasks=2))
     assert [ablation.name for ablation in done] == names
     assert all(len(ablation.results) == 2 for ablation in done)
     assert len(list((tmp_path / "kept").glob("controls-*"))) == 1  # searched once for all
     draw_ablations(tmp_path / "ablations.png", {a.name: a.reward() for a in done})
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="there is no ablation 'no luck'"):
-        ablate(config, ["no luck"], tmp_path, Inline())
+        next(ablate(config, ["no luck"], tmp_path, Inline()))
 
 
 def ablation(*rewards: float) -> Ablation:
@@ -191,3 +196,17 @@ def test_changes_are_counted_task_by_task():
     assert change == (-0.5, -0.5, -0.5)
     assert str(change) == "-0.50 [-0.50, -0.50]"
     assert whole.change(whole) == (0, 0, 0)
+
+
+def test_the_command_for_ablations_writes_a_picture_and_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_command, "_pool", lambda count: nullcontext(Inline()))
+    changes = [part for change in (*CHANGES, "updates=1") for part in ("--set", change)]
+    sizes = ["--settings", "2", "--tasks", "2", "--out", str(tmp_path)]
+    chosen = ["--only", "everything", "--only", "no memory"]
+    run = CliRunner().invoke(app, ["meta-ablate", "tiny", *chosen, *sizes, *changes])
+    assert run.exit_code == 0, run.output
+    assert "no" in run.output
+    assert (tmp_path / "ablations.png").stat().st_size > 1000
+    plain = json.loads((tmp_path / "no-memory" / "results.json").read_text())
+    assert plain["ablation"] == "no memory"
+    assert len(plain["settings"]) == 2
