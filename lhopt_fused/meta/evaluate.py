@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import MetaConfig, config_from_plain
 from lhopt_fused.meta.control import HandControl
-from lhopt_fused.meta.jobs import Weights
+from lhopt_fused.meta.jobs import References, Weights, ends_below
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.tasks import HELDOUT
 from lhopt_fused.meta.validation import Validation
@@ -44,10 +44,11 @@ OPPONENTS: Final = {
     "hindsight": "the best of the 35 in hindsight: the lowest of their reported losses",
     "median": "the median of the 35",
     "control": "the hand control: the same inner optimizer under the best fixed schedule",
+    "linear": "no decisions: the policy's start, falling linearly to 0",
 }
 """What a policy is compared with, by the names in tables."""
 
-YARDSTICKS: Final = ("tuned", "control")
+YARDSTICKS: Final = ("tuned", "control", "linear")
 """Opponents that are compared with all of them too, as if they were policies: they say how much of
 each share is chance, and how much can be had."""
 
@@ -60,18 +61,13 @@ class Result:
         setting: family, lengths and seed.
         reward: log speed-up over the baseline of the reward, float64 ``[R]``.
         won: for each of :data:`OPPONENTS`, 1 where the policy ends lower, 0.5 where equal, ``[R]``.
-        yardsticks: the same of each of :data:`YARDSTICKS` in the policy's place.
+        yardsticks: for each of :data:`YARDSTICKS`, the same with it in the policy's place.
     """
 
     setting: Setting
     reward: NDArray[np.float64]
     won: dict[str, NDArray[np.float64]]
-    yardsticks: dict[str, dict[str, NDArray[np.float64]]]
-
-    def of(self, yardstick: str) -> Result:
-        """As if one of :data:`YARDSTICKS` had been the policy; without a reward."""
-        unknown = np.full_like(self.reward, np.nan)
-        return replace(self, reward=unknown, won=self.yardsticks[yardstick])
+    yardsticks: dict[str, Result] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,13 +163,29 @@ def compared(validation: Validation, network: Weights) -> list[Result]:
     """How a network does on each setting of a validation, beside the references there."""
     results = []
     played = zip(
-        validation.settings, validation.losses(network), validation.references, strict=True
+        validation.settings,
+        validation.losses(network),
+        validation.linear_losses(),
+        validation.references,
+        strict=True,
     )
-    for setting, mine, other in played:
-        reward = other.rewards(mine, setting.total_steps)
-        yardsticks = {name: other.won(getattr(other, name)) for name in YARDSTICKS}
-        results.append(Result(setting, reward, other.won(mine), yardsticks))
+    for setting, mine, linear, other in played:
+        placed = {"tuned": other.tuned, "control": other.control, "linear": linear}
+        yardsticks = {
+            name: _compared(setting, losses, linear, other) for name, losses in placed.items()
+        }
+        results.append(replace(_compared(setting, mine, linear, other), yardsticks=yardsticks))
     return results
+
+
+def _compared(
+    setting: Setting,
+    losses: NDArray[np.float64],
+    linear: NDArray[np.float64],
+    other: References,
+) -> Result:
+    won = {**other.won(losses), "linear": ends_below(losses, linear)}
+    return Result(setting, other.rewards(losses, setting.total_steps), won)
 
 
 def shares(results: Sequence[Result], draws: int = 2000) -> dict[str, Share]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lhopt_fused.meta.baselines import (
     DEFAULT_OF_GRID,
+    SCHEDULES,
     Curves,
     adamw_grid,
     curves,
@@ -36,12 +37,14 @@ from lhopt_fused.policy.network import LayerNormLSTMCell, LSTMState
 __all__ = [
     "Collect",
     "Demonstrate",
+    "FallLinearly",
     "FindReferences",
     "FirstLook",
     "Play",
     "References",
     "ScoreControls",
     "Weights",
+    "ends_below",
     "pack",
 ]
 
@@ -238,8 +241,12 @@ class References(NamedTuple):
             "median": np.median(grid, axis=0),
             "control": self.control,
         }
-        mine = torch.tensor(losses)
-        return {name: wins(mine, torch.tensor(x)).numpy() for name, x in others.items()}
+        return {name: ends_below(losses, x) for name, x in others.items()}
+
+
+def ends_below(losses: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where runs ended below others, 0.5 where equal, float64 ``[R]``."""
+    return wins(torch.tensor(losses), torch.tensor(others)).numpy()
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,20 @@ class FindReferences(Job):
         found = curves(tasks, steps, self.config.baseline)
         arrays = (default, grid, tuned, control, found.steps, found.losses)
         return References(*(array.cpu().numpy() for array in arrays))
+
+
+@dataclass(frozen=True)
+class FallLinearly(Job):
+    """Report losses ``[R]`` of runs that start as a policy's do and fall linearly to 0."""
+
+    start: Mapping[str, float]
+
+    def __call__(self) -> NDArray[np.float64]:
+        tasks = sample_tasks(self.setting, self.config.device, self.data_dir)
+        own, _ = self.config.policy.for_run(self.start, self.setting.total_steps)
+        settings = [self.config.policy.settings(own)]
+        linear = [SCHEDULES["linear"]]
+        return final_losses(tasks, settings, linear, self.setting.total_steps)[0].cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -149,20 +149,25 @@ def _pool(count: int) -> LocalWorkers:
 
 def _share_table(title: str, results: Sequence[Result]) -> Table:
     """Shares of the tasks won, by family and in all, with bootstrap 95 % intervals."""
+    import numpy as np
+
     from lhopt_fused.meta.evaluate import OPPONENTS, YARDSTICKS, by_family, shares
 
     table = Table(title=f"Share of {title} on which the policy ends below")
-    for heading in ("family", "tasks", *OPPONENTS):
-        table.add_column(heading, justify="left" if heading == "family" else "right")
+    table.add_column("family", no_wrap=True)
+    for heading in ("tasks", *OPPONENTS, "log speed-up"):
+        table.add_column(heading, justify="right")
     groups = {**by_family(results), "all": list(results)}
     for name in YARDSTICKS:
-        groups[f"({name})"] = [result.of(name) for result in results]
+        groups[f"({name})"] = [result.yardsticks[name] for result in results]
     for name, group in groups.items():
         won = shares(group)
         count = next(iter(won.values())).tasks
-        table.add_row(name, str(count), *(str(won[opponent]) for opponent in OPPONENTS))
+        reward = np.concatenate([result.reward for result in group]).mean()
+        share_of = (str(won[opponent]) for opponent in OPPONENTS)
+        table.add_row(name, str(count), *share_of, f"{reward:+.2f}")
     meanings = [f"{name}: {meaning}" for name, meaning in OPPONENTS.items()]
-    table.caption = "; ".join([*meanings, "in brackets: all, with that one in the policy's place"])
+    table.caption = "; ".join([*meanings, "in brackets: all, with that one in its place"])
     return table
 
 
@@ -173,8 +178,9 @@ def _ablation_table(done: Sequence[Ablation]) -> Table:
 
     whole = next((ablation for ablation in done if ablation.name == WHOLE), None)
     table = Table(title="What each part of the training is worth")
-    for heading in ("ablation", "episodes", "log speed-up", "change", *OPPONENTS):
-        table.add_column(heading, justify="left" if heading == "ablation" else "right")
+    table.add_column("ablation", no_wrap=True)
+    for heading in ("episodes", "log speed-up", "change", *OPPONENTS):
+        table.add_column(heading, justify="right")
     for ablation in done:
         won = shares(ablation.results)
         table.add_row(

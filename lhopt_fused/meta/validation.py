@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lhopt_fused.meta.config import MetaConfig
 from lhopt_fused.meta.control import HandControl
-from lhopt_fused.meta.jobs import FindReferences, Play, References, Weights
+from lhopt_fused.meta.jobs import FallLinearly, FindReferences, Play, References, Weights
 from lhopt_fused.meta.kept import kept
 from lhopt_fused.meta.setting import Setting
 from lhopt_fused.meta.workers import Workers
@@ -89,6 +89,14 @@ class Validation:
             for setting in self.settings
         ]
         return [losses for losses, _ in self._workers.start(jobs).results()]
+
+    def linear_losses(self) -> list[NDArray[np.float64]]:
+        """The same without a policy: from its start, the learning rate falls linearly to 0."""
+        jobs = [
+            FallLinearly(self._config, setting, self._data_dir, self._start)
+            for setting in self.settings
+        ]
+        return self._workers.start(jobs).results()
 
     def report(self, network: Weights) -> Report:
         """Play all settings under a policy and compare."""

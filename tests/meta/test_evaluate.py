@@ -54,7 +54,7 @@ def policy(**trained_on: object) -> LearnedPolicy:
 def result(won: list[float], reward: float = 0.0) -> Result:
     table = {name: np.array(won) for name in OPPONENTS}
     setting = Setting("clusters", 0, len(won), 1, 20, 4)
-    return Result(setting, np.full(len(won), reward), table, dict.fromkeys(YARDSTICKS, table))
+    return Result(setting, np.full(len(won), reward), table)
 
 
 def test_shares_are_over_tasks_and_their_intervals_over_settings():
@@ -95,7 +95,7 @@ def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
         for name in ("default", "tuned", "median")
     )
     for name in YARDSTICKS:
-        placed = [r.of(name).won for r in results]
+        placed = [r.yardsticks[name].won for r in results]
         assert all((won[name] == 0.5).all() for won in placed)  # level with itself
         assert all((p["hindsight"] <= p["tuned"]).all() for p in placed)
     assert workers.counts["FindReferences"] == 2
@@ -151,7 +151,7 @@ def test_the_command_prints_a_table_and_writes_results(tmp_path, monkeypatch):
     options = ["--settings", "2", "--tasks", "2", "--heldout", "0", "--out", str(tmp_path / "out")]
     run = CliRunner().invoke(app, ["meta-validate", str(file), *options])
     assert run.exit_code == 0, run.output
-    assert all(row in run.output for row in ("all ", "(tuned)", "(control)"))
+    assert all(row in run.output for row in ("all ", "(tuned)", "(control)", "(linear)"))
     assert (tmp_path / "out" / "small-new-tasks.json").is_file()
     refused = CliRunner().invoke(app, ["meta-validate", "cosine"])
     assert refused.exit_code == 2
