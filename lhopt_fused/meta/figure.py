@@ -20,7 +20,7 @@ from lhopt_fused.meta.display import Played
 from lhopt_fused.meta.setting import Setting, outer_boundaries
 from lhopt_fused.types import HYPERPARAMETERS
 
-__all__ = ["draw_training", "read_log"]
+__all__ = ["draw_ablations", "draw_training", "read_log"]
 
 Row = Mapping[str, float]
 
@@ -93,16 +93,26 @@ def draw_training(
     save_figure(figure, path)
 
 
-def draw_ablations(path: Path, rewards: Mapping[str, tuple[float, float, float]]) -> None:
-    """Mean log speed-up of each ablation, with its interval: mean, low and high by name."""
-    figure = Figure(figsize=(7.5, 0.4 * len(rewards) + 1.5), layout="constrained")
-    ax = figure.subplots()
-    for row, (mean, low, high) in enumerate(rewards.values()):
-        ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
-    ax.set_yticks(range(len(rewards)), list(rewards))
-    ax.invert_yaxis()
-    ax.grid(axis="x", alpha=0.3)
-    ax.set_xlabel("mean log speed-up on new tasks, with a bootstrap 95 % interval")
+def draw_ablations(
+    path: Path, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]
+) -> None:
+    """What ablations did, side by side: for each title, a mean with its interval by their names.
+
+    A panel may leave names out; the first has all of them."""
+    names = list(next(iter(panels.values())))
+    figure = Figure(
+        figsize=(5.5 * len(panels) + 2.0, 0.35 * len(names) + 1.5), layout="constrained"
+    )
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, intervals) in zip(axes, panels.items(), strict=True):
+        for name, (mean, low, high) in intervals.items():
+            sides = [[mean - low], [high - mean]]
+            ax.errorbar(mean, names.index(name), xerr=sides, fmt="o", capsize=3, color="C0")
+        ax.axvline(0.0, color="grey", linewidth=0.8)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_xlabel(title)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     save_figure(figure, path)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from lhopt_fused.meta.command import Overrides, bad_input
 
 if TYPE_CHECKING:
-    from lhopt_fused.meta.ablate import Ablation
+    from lhopt_fused.meta.ablate import Ablation, Interval
     from lhopt_fused.meta.evaluate import Result
     from lhopt_fused.meta.workers import LocalWorkers
     from lhopt_fused.policy import LearnedPolicy
@@ -124,7 +124,7 @@ def meta_ablate(
             done = list(track(ablations, "ablations", len(names), console=_console))
         _console.print(_ablation_table(done))
         picture = out / "ablations.png"
-        draw_ablations(picture, {ablation.name: ablation.reward() for ablation in done})
+        draw_ablations(picture, _ablation_panels(done))
         for ablation in done:
             about = {"ablation": ablation.name, "episodes": ablation.episodes}
             write_results(ablation.results, ablation.folder / "results.json", about)
@@ -171,12 +171,28 @@ def _share_table(title: str, results: Sequence[Result]) -> Table:
     return table
 
 
+def _ablation_panels(done: Sequence[Ablation]) -> dict[str, dict[str, Interval]]:
+    """Rewards, and where the whole is among them also the changes."""
+    title = "log speed-up over tuned AdamW on new tasks, with bootstrap 95 % intervals"
+    panels = {title: {ablation.name: ablation.reward() for ablation in done}}
+    whole = _whole(done)
+    if whole is not None:
+        changes = {x.name: x.change(whole) for x in done if x is not whole}
+        panels[f"beyond that of {whole.name!r}, task by task"] = changes
+    return panels
+
+
+def _whole(done: Sequence[Ablation]) -> Ablation | None:
+    from lhopt_fused.meta.ablate import WHOLE
+
+    return next((ablation for ablation in done if ablation.name == WHOLE), None)
+
+
 def _ablation_table(done: Sequence[Ablation]) -> Table:
     """Mean rewards and shares won, with bootstrap 95 % intervals."""
-    from lhopt_fused.meta.ablate import WHOLE
     from lhopt_fused.meta.evaluate import OPPONENTS, shares
 
-    whole = next((ablation for ablation in done if ablation.name == WHOLE), None)
+    whole = _whole(done)
     table = Table(title="What each part of the training is worth")
     table.add_column("ablation", no_wrap=True)
     for heading in ("episodes", "log speed-up", "change", *OPPONENTS):
@@ -191,5 +207,5 @@ def _ablation_table(done: Sequence[Ablation]) -> Table:
             *(str(won[opponent]) for opponent in OPPONENTS),
         )
     if whole is not None:
-        table.caption = f"change: beyond the log speed-up of {WHOLE!r}, task by task"
+        table.caption = f"change: beyond the log speed-up of {whole.name!r}, task by task"
     return table

@@ -173,7 +173,10 @@ def test_ablations_are_trained_and_judged_alike(tmp_path):
     assert [ablation.name for ablation in done] == names
     assert all(len(ablation.results) == 2 for ablation in done)
     assert len(list((tmp_path / "kept").glob("controls-*"))) == 1  # searched once for all
-    draw_ablations(tmp_path / "ablations.png", {a.name: a.reward() for a in done})
+    rewards = {a.name: a.reward() for a in done}
+    draw_ablations(
+        tmp_path / "ablations.png", {"all": rewards, "some": dict([*rewards.items()][1:])}
+    )
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="there is no ablation 'no luck'"):
         next(ablate(config, ["no luck"], tmp_path, Inline()))
