@@ -23,6 +23,8 @@ from lhopt_fused.types import HYPERPARAMETERS
 __all__ = ["draw_ablations", "draw_training", "read_log"]
 
 Row = Mapping[str, float]
+Interval = tuple[float, float, float]
+"""A mean, and the ends of its interval."""
 
 _WINS: Final = {
     "validation_beats_default": ("AdamW at 1e-3, constant", "#999999"),
