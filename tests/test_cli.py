@@ -264,7 +264,7 @@ def test_policy_list_names_the_built_in_ones():
     result = lhopt("policy list")
     assert result.exit_code == 0
     lines = result.output.splitlines()
-    assert [line.split()[0] for line in lines] == ["cosine", "default", "fixed"]
+    assert [line.split()[0] for line in lines] == ["cosine", "default", "fixed", "restarts"]
     assert "The learning rate follows half a cosine to 0" in lines[0]
 
 

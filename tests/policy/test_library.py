@@ -13,6 +13,7 @@ import pytest
 import torch
 from policy.samples import START, START_ROW, observation, of_run, random_policy
 
+from lhopt_fused import LHOPT
 from lhopt_fused.policy import (
     LearnedPolicy,
     PolicyFileError,
@@ -38,7 +39,7 @@ def seen(progress: float, hyperparameters: list[float] | None = None) -> RunObse
 
 
 def test_the_built_in_ones() -> None:
-    assert builtin_policies() == ["cosine", "default", "fixed"]
+    assert builtin_policies() == ["cosine", "default", "fixed", "restarts"]
     for name in builtin_policies():
         policy = load_policy(name)
         assert policy.name == name
@@ -46,15 +47,37 @@ def test_the_built_in_ones() -> None:
         assert start | {"lr": 0} == START | {"lr": 0}
 
 
-def test_the_default_is_learned_says_on_what_and_is_small() -> None:
-    policy = load_policy("default")
+@pytest.mark.parametrize("name", ["default", "restarts"])
+def test_learned_ones_say_on_what_and_are_small(name: str) -> None:
+    policy = load_policy(name)
     assert isinstance(policy, LearnedPolicy)
+    assert policy.action_space.registers == (name == "restarts")
     assert {"config", "control", "validation", "episodes", "hours"} <= policy.trained_on.keys()
     assert policy.start_hyperparameters["lr"] <= policy.trained_on["control"]["lr"]
     folder = resources.files("lhopt_fused.policy") / "builtin"
-    with resources.as_file(folder / "default.safetensors") as path:
+    with resources.as_file(folder / f"{name}.safetensors") as path:
         assert path.stat().st_size < 5e6
-    assert "## Limits" in (folder / "default.md").read_text()
+    assert "## Limits" in (folder / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("rises", [False, True])
+def test_restarts_goes_back_where_the_eval_loss_rose(rises: bool) -> None:
+    """It keeps the state with the lowest eval loss, and ends near it, not where training went."""
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = LHOPT([parameter], 200, outer_steps=20, policy="restarts", restart_registers=3)
+    at_best = parameter.detach().clone()
+    for step in range(200):
+        parameter.grad = torch.full_like(parameter, 1.0)
+        rest = abs(step - 100) / 100 if rises else 1 - step / 200
+        optimizer.observe(2.0 - step / 200, 1.0 + rest)
+        optimizer.step()
+        if step == 99:
+            at_best.copy_(parameter.detach())
+    choices = [outer_step.register for outer_step in optimizer.history]
+    assert "save_0" in choices[:10]
+    assert ("load_0" in choices[-3:]) == rises
+    moved = (parameter - at_best).norm() / (at_best - 1).norm()
+    assert (moved < 0.2) == rises
 
 
 def test_fixed_never_acts() -> None:
