@@ -213,16 +213,24 @@ def by_family(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def write_results(results: Sequence[Result], path: Path, about: dict[str, Any]) -> None:
-    """All results as JSON, with what they are about."""
+    """All results as JSON, with what they are about; a line for each setting."""
     rows = [
         {
             "family": result.setting.family,
             "seed": result.setting.seed,
             "total_steps": result.setting.total_steps,
             "outer_steps": result.setting.outer_steps,
-            "reward": result.reward.tolist(),
-            **{f"beats_{name}": won.tolist() for name, won in result.won.items()},
+            **_plain(result),
+            "yardsticks": {name: _plain(other) for name, other in result.yardsticks.items()},
         }
         for result in results
     ]
-    path.write_text(json.dumps({**about, "settings": rows}, indent=1) + "\n")
+    begin = json.dumps({**about, "settings": []}).removesuffix("]}")
+    lines = ",\n".join(map(json.dumps, rows))
+    path.write_text(f"{begin}\n{lines}\n]}}\n")
+
+
+def _plain(result: Result) -> dict[str, list[float]]:
+    """What a policy, or one in its place, won."""
+    won = {f"beats_{name}": values.tolist() for name, values in result.won.items()}
+    return {"reward": result.reward.tolist(), **won}

@@ -104,7 +104,9 @@ def test_a_policy_is_compared_with_what_it_was_trained_with(tmp_path):
     write_results(results, tmp_path / "results.json", {"policy": "small"})
     plain = json.loads((tmp_path / "results.json").read_text())
     assert plain["policy"] == "small"
-    assert plain["settings"][1]["beats_control"] == results[1].won["control"].tolist()
+    row = plain["settings"][1]
+    assert row["beats_control"] == results[1].won["control"].tolist()
+    assert row["yardsticks"]["linear"]["beats_linear"] == [0.5] * 3
 
 
 class Watching(Inline):
