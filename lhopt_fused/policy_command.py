@@ -172,7 +172,8 @@ def _kind(policy: Policy) -> str:
     from lhopt_fused.policy import LearnedPolicy, RulePolicy
 
     if isinstance(policy, LearnedPolicy):
-        return f"a learned policy (LSTM of width {policy.shape.hidden})"
+        uses = ", with restart registers" if policy.action_space.registers else ""
+        return f"a learned policy (LSTM of width {policy.shape.hidden}){uses}"
     return "a hand-made rule" if isinstance(policy, RulePolicy) else type(policy).__name__
 
 

@@ -266,6 +266,7 @@ def test_policy_list_names_the_built_in_ones():
     lines = result.output.splitlines()
     assert [line.split()[0] for line in lines] == ["cosine", "default", "fixed", "restarts"]
     assert "The learning rate follows half a cosine to 0" in lines[0]
+    assert ["registers" in line for line in lines] == [False, False, False, True]
 
 
 def test_policy_inspect_shows_what_a_policy_is(policy_file):
@@ -285,7 +286,8 @@ def test_policy_validate_says_yes_or_why_not_in_one_line(tmp_path, policy_file):
     result = lhopt("policy validate", policy_file)
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        f"{policy_file} is a valid policy: random, a learned policy (LSTM of width 32)"
+        f"{policy_file} is a valid policy: random, a learned policy (LSTM of width 32), with "
+        "restart registers"
     ]
     broken = tmp_path / "broken.safetensors"
     whole = policy_file.read_bytes()
