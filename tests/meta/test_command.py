@@ -125,7 +125,7 @@ def test_minutes_and_workers_are_options(tmp_path):
 
 
 def test_wrong_input_is_refused(inline, tmp_path):
-    assert_refused(lhopt("meta-train", "huge"), "'huge': the shipped ones are cluster, cpu")
+    assert_refused(lhopt("meta-train", "huge"), "'huge': the shipped ones are ablation, cluster")
     assert_refused(lhopt("meta-train", "tiny", "--set", "seeds=1"), "no key seeds; did you mean")
     assert_refused(lhopt("meta-train", "gpu"), "device is 'cuda'", "torch finds no GPU here")
     (tmp_path / "file").touch()
