@@ -68,6 +68,13 @@ class OptimizerName(str, Enum):
     LHOPT = "lhopt"
 
 
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What moves LHOPT's hyperparameters: a name of `lhopt policy list`, or a "
+        "policy file; default, a learned one, if not given."
+    ),
+]
 StepsOption = Annotated[int, typer.Option(help="Optimizer steps.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the initial weights and of the batches.")]
 ThreadsOption = Annotated[
@@ -98,6 +105,7 @@ def main(
 def demo(
     steps: StepsOption = 1000,
     seed: SeedOption = 0,
+    policy: PolicyOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lhopt-runs/demo"),
     threads: ThreadsOption = None,
     backend: BackendOption = Backend.AUTO,
@@ -109,6 +117,7 @@ def demo(
         configs = [
             _config(
                 optimizer=name.value,
+                policy=_policy_of(name, policy) if name is OptimizerName.LHOPT else None,
                 steps=steps,
                 seed=seed,
                 threads=threads,
@@ -138,13 +147,7 @@ def train(
     optimizer: Annotated[
         OptimizerName, typer.Option(help="Which optimizer.")
     ] = OptimizerName.ADAMW,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="What moves LHOPT's hyperparameters: a name of `lhopt policy list`, or a "
-            "policy file; default, a learned one, if not given."
-        ),
-    ] = None,
+    policy: PolicyOption = None,
     steps: StepsOption = 1000,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; a good one for the demo if not given.")

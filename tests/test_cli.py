@@ -112,6 +112,16 @@ def test_demo_trains_four_optimizers_and_draws_them(tmp_path):
         assert losses[-1] < losses[0] - 0.1
 
 
+def test_demo_takes_a_policy(tmp_path, policy_file):
+    small = "demo --steps 2 --threads 1 --backend reference"
+    result = lhopt(small, "--policy", policy_file, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert f"LHOPT, moved by its policy '{policy_file}'" in " ".join(result.output.split())
+    refused = lhopt(small, "--policy", "magic", "--out", tmp_path / "not")
+    assert_refused(refused, "--policy", "there is no policy 'magic'")
+    assert not (tmp_path / "not").exists()
+
+
 def test_train_writes_metrics_picture_and_checkpoint(tmp_path, text_file):
     result = lhopt("train --steps 8", SMALL, "--text", text_file, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
