@@ -82,7 +82,7 @@ class PolicyTeacher:
         """The policy's own probabilities."""
         now = batch.inner.hyperparameters
         network = self.policy.network().to(now.device)
-        space, count = self.policy.action_space, _choices(batch.space)
+        space, count = self.policy.action_space, sum(_sizes(batch.space))
         state = network.initial_state((len(now),), now.device)
         unused = torch.zeros(len(now), dtype=torch.int64, device=now.device)
 
@@ -189,8 +189,7 @@ def _around(target: torch.Tensor, choices: Sequence[float]) -> torch.Tensor:
 
 def _means(probabilities: torch.Tensor, space: ActionSpace) -> torch.Tensor:
     """Mean shifts ``[..., 8]`` of the choices of every hyperparameter, side by side."""
-    sizes = [len(action.choices) for action in space.actions]
-    heads = torch.split(probabilities, sizes, dim=-1)
+    heads = torch.split(probabilities, _sizes(space), dim=-1)
     means = [
         (head * head.new_tensor(action.shifts)).sum(-1)
         for head, action in zip(heads, space.actions, strict=True)
@@ -198,6 +197,6 @@ def _means(probabilities: torch.Tensor, space: ActionSpace) -> torch.Tensor:
     return torch.stack(means, dim=-1)
 
 
-def _choices(space: ActionSpace) -> int:
-    """How many there are for the hyperparameters."""
-    return sum(len(action.choices) for action in space.actions)
+def _sizes(space: ActionSpace) -> list[int]:
+    """How many choices there are for each hyperparameter."""
+    return [len(action.choices) for action in space.actions]

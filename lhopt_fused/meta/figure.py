@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,11 +20,12 @@ from lhopt_fused.meta.display import Played
 from lhopt_fused.meta.setting import Setting, outer_boundaries
 from lhopt_fused.types import HYPERPARAMETERS
 
+if TYPE_CHECKING:
+    from lhopt_fused.meta.ablate import Interval
+
 __all__ = ["draw_ablations", "draw_training", "read_log"]
 
 Row = Mapping[str, float]
-Interval = tuple[float, float, float]
-"""A mean, and the ends of its interval."""
 
 _WINS: Final = {
     "validation_beats_default": ("AdamW at 1e-3, constant", "#999999"),
@@ -95,9 +96,7 @@ def draw_training(
     save_figure(figure, path)
 
 
-def draw_ablations(
-    path: Path, panels: Mapping[str, Mapping[str, tuple[float, float, float]]]
-) -> None:
+def draw_ablations(path: Path, panels: Mapping[str, Mapping[str, Interval]]) -> None:
     """What ablations did, side by side: for each title, a mean with its interval by their names.
 
     A panel may leave names out; the first has all of them."""
